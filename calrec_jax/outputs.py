@@ -1,0 +1,63 @@
+"""Outputs appear whole or not at all: they are written beside their place, then renamed into it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from calrec_jax.errors import UserError
+
+
+def check_unused(out: str | os.PathLike) -> pathlib.Path:
+  """Returns `out` as a path; raises UserError unless it is absent or an empty folder."""
+  path = pathlib.Path(out)
+  if path.is_dir() and not any(path.iterdir()):
+    return path
+  if path.exists():
+    raise UserError(f'{path}: the output is already in use; choose another place, or remove it first.')
+  return path
+
+
+@contextlib.contextmanager
+def new_folder(out: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a scratch folder that becomes `out` when the block ends well, and vanishes when it raises.
+
+  Raises UserError if `out` is in use, or cannot be written.
+  """
+  path = check_unused(out)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+  except OSError as error:
+    raise UserError(f'{path}: cannot be written ({error.strerror}); choose another place.') from error
+  try:
+    yield scratch
+    scratch.chmod(0o755)
+    if path.exists():
+      path.rmdir()
+    scratch.rename(path)
+  except BaseException:
+    shutil.rmtree(scratch, ignore_errors=True)
+    raise
+
+
+@contextlib.contextmanager
+def new_file(out: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a scratch path; when the block ends well it replaces `out`, when it raises it vanishes."""
+  path = pathlib.Path(out)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  scratch = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    yield scratch
+    os.replace(scratch, path)
+  finally:
+    scratch.unlink(missing_ok=True)
+
+
+def write_json(out: str | os.PathLike, value: object) -> None:
+  """Writes `value` as indented JSON, whole or not at all."""
+  with new_file(out) as scratch:
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
