@@ -1,0 +1,87 @@
+"""The losses of CALRec: next-item generation and two contrastive alignments (method: Towers and losses)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from calrec_jax.errors import UserError
+
+DIRECTIONS = ('context_to_target', 'target_to_context', 'symmetric')
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """L = (1 − α − β) · L_NIG + α · L_TT + β · L_UT.
+
+  Attributes:
+    alpha: weight of L_TT, the alignment of the target in context with the target alone.
+    beta: weight of L_UT, the alignment of the history with the target alone.
+    temperature: τ of the softmax over cosines.
+    direction: `context_to_target` (the negatives of a context are the other targets), `target_to_context` (those of a
+      target are the other contexts) or `symmetric` (the mean of both). The paper does not say; the first is our default.
+    mask_same_text: spans whose targets have one text are not each other's negatives.
+    mask_same_history: neither are spans of one history.
+  """
+
+  alpha: float = 0.125
+  beta: float = 0.025
+  temperature: float = 0.5
+  direction: str = 'context_to_target'
+  mask_same_text: bool = True
+  mask_same_history: bool = False
+
+  def __post_init__(self):
+    if min(self.alpha, self.beta) < 0 or self.alpha + self.beta > 1:
+      raise UserError(f'objective.alpha = {self.alpha}, objective.beta = {self.beta}: both at least 0, their sum at most 1.')
+    if self.temperature <= 0:
+      raise UserError(f'objective.temperature = {self.temperature}: must be above 0.')
+    if self.direction not in DIRECTIONS:
+      raise UserError(f'objective.direction = {self.direction!r}: choose one of {DIRECTIONS}.')
+
+  def total(self, nig: jax.Array, tt: jax.Array, ut: jax.Array) -> jax.Array:
+    return (1 - self.alpha - self.beta) * nig + self.alpha * tt + self.beta * ut
+
+
+def unit(x_ED: jax.Array) -> jax.Array:
+  """Vectors of length one, float32. A zero vector stays zero, with a gradient of zero."""
+  x_ED = x_ED.astype(jnp.float32)
+  squares_E1 = jnp.sum(jnp.square(x_ED), axis=-1, keepdims=True)
+  return x_ED * jax.lax.rsqrt(jnp.maximum(squares_E1, 1e-12))
+
+
+def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
+             objective: Objective) -> jax.Array:
+  """InfoNCE of each span's context with its target, against the other spans': float32 [E], nats a span.
+
+  Args:
+    context_ED: v_U or v_T|U of each span.
+    target_ED: v_T of each span.
+    text_E: identity of the target's text; 0 marks an empty slot, which costs nothing and is nobody's negative.
+    history_E: identity of the span's history in the batch.
+    objective: temperature, direction and what is masked.
+  """
+  cosine_EE = jnp.einsum('ed,fd->ef', unit(context_ED), unit(target_ED), precision='highest')
+  one_EE = jnp.eye(len(text_E), dtype=bool)
+  used_E = text_E > 0
+  excluded_EE = ~(used_E[:, None] & used_E[None, :])
+  if objective.mask_same_text:
+    excluded_EE |= text_E[:, None] == text_E[None, :]
+  if objective.mask_same_history:
+    excluded_EE |= history_E[:, None] == history_E[None, :]
+  logits_EE = jnp.where(excluded_EE & ~one_EE, -jnp.inf, cosine_EE / objective.temperature)
+  to_target_E = -jnp.diagonal(jax.nn.log_softmax(logits_EE, axis=1))
+  to_context_E = -jnp.diagonal(jax.nn.log_softmax(logits_EE, axis=0))
+  return {'context_to_target': to_target_E, 'target_to_context': to_context_E,
+          'symmetric': (to_target_E + to_context_E) / 2}[objective.direction]
+
+
+def token_nll(logits_BQV: jax.Array, labels_BQ: jax.Array) -> jax.Array:
+  """−log p(label), float32 [B, Q], nats a token."""
+  picked_BQ = jnp.take_along_axis(logits_BQV, labels_BQ[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits_BQV, axis=-1) - picked_BQ
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+  """Σ w x / Σ w over the whole array, which is the global batch; 0 where all weights are 0."""
+  return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
