@@ -1,0 +1,31 @@
+"""What a run's results depend on, written beside them: versions, seeds, gin text, data fingerprints."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import sys
+
+from calrec_jax import outputs
+
+PACKAGES = ('calrec_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'seqio', 'gin-config', 'numpy', 'tokenizers',
+            'bm25s', 'duckdb')
+
+
+def versions() -> dict[str, str]:
+  """Name to version of Python, the platform, and the packages that results depend on."""
+  found = {'python': platform.python_version(), 'platform': platform.platform()}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = 'not installed'
+  return found
+
+
+def write(folder: str | os.PathLike, *, gin_text: str, **facts: object) -> None:
+  """Writes `config.gin` and `run.json` (command, versions and `facts`: seeds, fingerprints, ...) into a run's folder."""
+  folder = pathlib.Path(folder)
+  with outputs.new_file(folder / 'config.gin') as scratch:
+    scratch.write_text(gin_text)
+  outputs.write_json(folder / 'run.json', {'command': sys.argv, 'versions': versions(), **facts})

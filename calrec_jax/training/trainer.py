@@ -1,0 +1,265 @@
+"""The train loop: build, restore, then step, log, evaluate, save."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import tqdm
+from clu import metric_writers
+
+from calrec_jax import provenance
+from calrec_jax.errors import UserError
+from calrec_jax.models.decoder import Decoder, DecoderConfig
+from calrec_jax.models.losses import Objective
+from calrec_jax.models.two_tower import TwoTower
+from calrec_jax.text.batches import BatchPlan, OnePass, RowOptions
+from calrec_jax.training import checkpoints, partitioning
+from calrec_jax.training.inputs import Inputs
+from calrec_jax.training.optimizer import Optimizer
+from calrec_jax.training.partitioning import MeshShape
+from calrec_jax.training.train_step import TrainState, make_eval_step, make_train_step, new_state
+
+PREEMPTED = 75  # exit code after SIGTERM: saved, start again to go on
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """When a run logs, evaluates and saves, in steps.
+
+  Attributes:
+    log_every: a line of metrics.
+    eval_every: validation loss; 0: only at the end.
+    eval_histories: of the validation split, the first so many; None: all.
+    save_every: a checkpoint; the last step is saved always.
+    keep: newest checkpoints that are kept.
+  """
+
+  log_every: int = 20
+  eval_every: int = 200
+  eval_histories: int | None = 1000
+  save_every: int = 200
+  keep: int = 3
+
+
+def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, decoder: DecoderConfig, objective: Objective,
+          rows: RowOptions, optimizer: Optimizer, mesh: MeshShape, schedule: Schedule, initial_checkpoint: str | None = None,
+          head_chunks: int = 1, seed: int = 0, gin_text: Callable[[], str] = str) -> dict[str, float]:
+  """Finetunes (or trains from random weights) one stage, and goes on from the newest checkpoint in `model_dir` if there is one.
+
+  Args:
+    model_dir: the run's folder: checkpoints, configuration, TensorBoard events.
+    train_steps: of this stage.
+    batch_size: rows of the global batch.
+    inputs: the data and its vocabulary.
+    decoder: the model's shape; `vocab_size` None is chosen by the vocabulary.
+    objective: weights and options of the losses.
+    rows: how histories become rows.
+    optimizer: the update rule.
+    mesh: how devices are laid out.
+    schedule: when to log, evaluate and save.
+    initial_checkpoint: a run's folder, or one step's, whose weights this stage starts from.
+    head_chunks: slices in which the head runs, see `TwoTower`.
+    seed: of the weights, the order of the data and dropout.
+    gin_text: returns the operative configuration, for the record.
+
+  Returns:
+    The last validation metrics.
+
+  Raises:
+    UserError: wrong input, with what to do. SystemExit(75): SIGTERM came, the step is saved.
+  """
+  device_mesh = mesh.build()
+  partitioning.check_batch_size(batch_size, device_mesh)
+  sources = inputs.load()
+  decoder = with_vocabulary(decoder, inputs)
+  bos = inputs.vocabulary.bos_id is not None
+  model = TwoTower(Decoder(decoder), objective, bos=bos, head_chunks=head_chunks)
+  plan = BatchPlan(inputs.corpus(sources, 'train'), batch_size=batch_size, length=inputs.length, options=rows, seed=seed)
+  validation = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
+                       options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)
+  description = {'decoder': decoder.shape(), **inputs.description(sources), 'seed': seed, 'gin': gin_text(),
+                 'versions': provenance.versions()}
+
+  transformation = optimizer.build(train_steps)
+  make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh)
+  store = _open_run(model_dir, inputs, schedule.keep)
+  state = _restore_or_start(store, pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, description)
+  train_step = make_train_step(model, transformation, device_mesh, shardings)
+  eval_step = make_eval_step(model, device_mesh, shardings.params)
+  rate = optimizer.rate(train_steps)
+  provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
+                   shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params))
+  logging.info('%d parameters; %d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.',
+               count(state.params), plan.report['targets'], 100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
+
+  writer = metric_writers.create_default_writer(model_dir, just_logging=jax.process_index() > 0, asynchronous=False)
+  start, last_eval = int(state.step), {}
+  with _termination() as terminated, tqdm.tqdm(total=train_steps, initial=start, desc='train', unit='step', file=sys.stderr,
+                                               disable=None, mininterval=1.0) as bar:
+    meter = Meter(start)
+    for step, batch in _prefetched(plan, device_mesh, start, train_steps):
+      state, metrics = train_step(state, batch)
+      bar.update()
+      meter.add(metrics)
+      done = step + 1
+      if done % schedule.log_every == 0 or done == train_steps:
+        values = meter.read(done)
+        writer.write_scalars(done, {f'train/{k}': v for k, v in values.items()} | {'train/learning_rate': float(rate(step))})
+        bar.set_postfix_str(f'loss {values["loss"]:.3f} nig {values["nig"]:.3f} tt {values["tt"]:.3f} ut {values["ut"]:.3f} '
+                            f'{values["spans_per_second"]:.0f} spans/s {values["tokens_per_second"]:.0f} tokens/s')
+      stop = terminated.is_set()
+      if len(validation) and (done == train_steps or (schedule.eval_every and done % schedule.eval_every == 0)) and not stop:
+        last_eval = evaluate_loss(eval_step, state.params, validation, device_mesh)
+        writer.write_scalars(done, {f'validation/{k}': v for k, v in last_eval.items()})
+        logging.info('step %d: validation %s', done, {k: round(v, 4) for k, v in last_eval.items()})
+        meter.restart(done)
+      if done == train_steps or done % schedule.save_every == 0 or stop:
+        store.save(done, state.params, _rest(state), description | {'validation': last_eval})
+      if stop and done < train_steps:
+        store.wait()
+        logging.warning('Terminated at step %d, which is saved in %s; the same command goes on from it.', done, model_dir)
+        raise SystemExit(PREEMPTED)
+  writer.close()
+  store.wait()
+  store.close()
+  return last_eval
+
+
+def with_vocabulary(decoder: DecoderConfig, inputs: Inputs) -> DecoderConfig:
+  """The decoder with its number of embedding rows: the vocabulary's size, rounded up so that any mesh divides it."""
+  size = inputs.vocabulary.vocab_size
+  if decoder.vocab_size is None:
+    return dataclasses.replace(decoder, vocab_size=-(-size // 128) * 128)
+  if decoder.vocab_size < size:
+    raise UserError(f'decoder.vocab_size = {decoder.vocab_size} is below the {size} ids of the vocabulary; leave it out, or raise '
+                    'it.')
+  return decoder
+
+
+def count(params: Any) -> int:
+  """How many numbers a tree of arrays holds."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+class Meter:
+  """Means of metrics, and rates, since the last reading."""
+
+  def __init__(self, step: int):
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    self._step, self._time, self._metrics = step, time.monotonic(), []
+
+  def add(self, metrics: dict[str, jax.Array]) -> None:
+    self._metrics.append(metrics)
+
+  def read(self, step: int) -> dict[str, float]:
+    """Means over the steps since the last reading, and counts a second; waits for the newest step."""
+    rows = jax.device_get(self._metrics)
+    seconds = time.monotonic() - self._time
+    values = {name: float(sum(row[name] for row in rows) / len(rows)) for name in rows[0]} if rows else {}
+    for name in ('spans', 'tokens'):
+      values[f'{name}_per_second'] = values[name] * len(rows) / seconds
+    values['steps_per_second'] = len(rows) / seconds
+    self.restart(step)
+    return values
+
+
+def evaluate_loss(eval_step: Callable, params: Any, batches: OnePass, mesh: jax.sharding.Mesh) -> dict[str, float]:
+  """Loss terms over all batches: token terms as means over target tokens, contrastive terms as means over spans."""
+  sharding = partitioning.batch_sharding(mesh)
+  totals = {'nig': 0.0, 'tt': 0.0, 'ut': 0.0, 'loss': 0.0, 'target_tokens': 0.0, 'spans': 0.0}
+  for step in tqdm.trange(len(batches), desc='validation', leave=False, file=sys.stderr, disable=None):
+    batch = partitioning.global_batch(lambda rows, step=step: batches.batch(step, rows), batches.shapes.B, sharding)
+    metrics = {name: float(value) for name, value in jax.device_get(eval_step(params, batch)).items()}
+    totals['target_tokens'] += metrics['target_tokens']
+    totals['spans'] += metrics['spans']
+    totals['nig'] += metrics['nig'] * metrics['target_tokens']
+    for name in ('tt', 'ut', 'loss'):
+      totals[name] += metrics[name] * metrics['spans']
+  tokens, spans = totals.pop('target_tokens'), totals.pop('spans')
+  return {name: total / max(tokens if name == 'nig' else spans, 1) for name, total in totals.items()}
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  return {'step': state.step, 'rng': state.rng, 'opt_state': state.opt_state}
+
+
+def _open_run(model_dir: str, inputs: Inputs, keep: int) -> checkpoints.Checkpoints:
+  """The run's checkpoints. Refuses a folder that holds something else; the vocabulary is written beside the checkpoints."""
+  folder = pathlib.Path(model_dir)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f'{folder}: is a file; choose another MODEL_DIR.')
+  foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / checkpoints.VOCABULARY_FILE).exists()
+  if foreign:
+    raise UserError(f'{folder}: the folder is in use, and not by a training run; choose another MODEL_DIR.')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / checkpoints.VOCABULARY_FILE).exists():
+      inputs.vocabulary.save(folder / checkpoints.VOCABULARY_FILE)
+  except OSError as error:
+    raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another MODEL_DIR.') from error
+  return checkpoints.Checkpoints(folder, keep=keep)
+
+
+def _restore_or_start(store: checkpoints.Checkpoints, model_dir: pathlib.Path, make_state: Callable[[], TrainState],
+                      shardings: TrainState, initial_checkpoint: str | None, decoder: DecoderConfig,
+                      description: dict[str, Any]) -> TrainState:
+  """The state to go on from: 1. the newest checkpoint of this run; 2. the weights of `initial_checkpoint`; 3. random weights."""
+  expected = {'decoder': decoder, 'vocabulary': description['vocabulary'], 'template': description['template']}
+  if (step := store.latest_step()) is not None:
+    found = checkpoints.find(model_dir / checkpoints.FOLDER / str(step))
+    checkpoints.check_fits(found, **expected)
+    if found.description['data'] != description['data']:
+      raise UserError(f'{model_dir}: this run was begun on other data ({found.description["data"]} there, {description["data"]} '
+                      'here); choose another MODEL_DIR.')
+    target = jax.eval_shape(make_state)
+    params, rest = store.restore(step, checkpoints.abstract(target.params, shardings.params),
+                                 checkpoints.abstract(_rest(target), _rest(shardings)))
+    logging.info('Goes on from step %d of %s.', step, model_dir)
+    return TrainState(params=params, **rest)
+  if initial_checkpoint is None:
+    return make_state()
+  found = checkpoints.find(initial_checkpoint)
+  checkpoints.check_fits(found, **expected)
+  state = make_state()
+  params = checkpoints.load_params(found, checkpoints.abstract(state.params, shardings.params))
+  logging.info('Starts from the weights of step %d of %s.', found.step, found.model_dir)
+  return state.replace(params=params)
+
+
+def _prefetched(plan: BatchPlan, mesh: jax.sharding.Mesh, start: int, stop: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+  """(step, global batch) of each step; the next one is built while the device works."""
+  sharding = partitioning.batch_sharding(mesh)
+  build = lambda step: partitioning.global_batch(lambda rows: plan.batch(step, rows), plan.shapes.B, sharding)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    ahead = pool.submit(build, start) if start < stop else None
+    for step in range(start, stop):
+      batch = ahead.result()
+      if step + 1 < stop:
+        ahead = pool.submit(build, step + 1)
+      yield step, batch
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[Any]:
+  """Yields an event that SIGTERM sets, where this is the main thread."""
+
+  event = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield event
+    return
+  previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+  try:
+    yield event
+  finally:
+    signal.signal(signal.SIGTERM, previous)
