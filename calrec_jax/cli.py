@@ -1,0 +1,207 @@
+"""The `calrec` command: one thin verb a job. Only the standard library is imported until a verb runs, so help is instant."""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from calrec_jax.errors import UserError
+
+DESCRIPTION = """\
+CALRec in JAX: finetune a pretrained decoder so that it writes the next item a shopper will buy, then find that item in the
+catalogue. The verbs, in the order in which one uses them:"""
+
+GIN_HELP = """\
+Options of a run are gin bindings. --gin_file may be repeated, later files win; files are looked for in the working folder, in
+--gin_search_paths, and in the package. --gin.NAME=VALUE sets a macro or a binding; VALUE is a Python literal, so that a text
+has quotes of its own: --gin.MODEL_DIR='"runs/stage1"'.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a command line; returns the exit code: 0 done, 2 wrong input (one line on stderr)."""
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  bindings = [a.removeprefix('--gin.') for a in arguments if a.startswith('--gin.')]
+  options = parser().parse_args([a for a in arguments if not a.startswith('--gin.')])
+  options.bindings = bindings
+  logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
+  for noisy in ('absl', 'jax', 'orbax', 'tensorflow', 'bm25s'):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  try:
+    if bindings and not hasattr(options, 'gin_file'):
+      raise UserError(f'--gin.{bindings[0]}: `calrec {options.verb}` takes no gin bindings.')
+    if unequal := [b for b in bindings if '=' not in b]:
+      raise UserError(f'--gin.{unequal[0]}: write --gin.NAME=VALUE.')
+    result, text = options.run(options)
+  except UserError as error:
+    # gin adds lines about where the call was configured.
+    message = str(error).split('\n  In call to configurable')[0].replace('\n', ' ')
+    print(f'calrec: error: {message}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('calrec: interrupted.', file=sys.stderr)
+    return 130
+  print(json.dumps(result, ensure_ascii=False) if options.json else text)
+  return 0
+
+
+Outcome = tuple[Any, str]  # what --json prints, what is printed else
+
+
+def _synthesize(options: argparse.Namespace) -> Outcome:
+  from calrec_jax.data import synthetic
+  report = synthetic.synthesize(options.out, users=options.users, items=options.items, categories=options.categories,
+                                seed=options.seed)
+  return report, f'Wrote {options.categories} categories to {options.out}.'
+
+
+def _prepare_dumps(options: argparse.Namespace) -> Outcome:
+  from calrec_jax.data import amazon, describe
+  description = amazon.prepare_dumps(
+      options.reviews, options.meta, name=options.name, out=options.out, min_count=options.min_count,
+      min_length=options.min_length, max_bad_lines=options.max_bad_lines)
+  return description, describe.format_description(description)
+
+
+def _prepare_histories(options: argparse.Namespace) -> Outcome:
+  from calrec_jax.data import describe, histories
+  description = histories.prepare(
+      options.sequences, options.items, name=options.name, out=options.out, min_length=options.min_length,
+      max_bad_lines=options.max_bad_lines)
+  return description, describe.format_description(description)
+
+
+def _vocabulary(options: argparse.Namespace) -> Outcome:
+  from calrec_jax.data import histories
+  from calrec_jax.text import vocabularies
+  from calrec_jax.text.templates import FIELDS, ItemTemplate
+  template = ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown)
+  if pathlib.Path(options.out).exists():
+    raise UserError(f'{options.out}: the output is already there; choose another place, or remove it first.')
+  texts = [template.item_text(item) for folder in options.data for item in histories.load(folder).items]
+  vocabulary = vocabularies.train_vocabulary(texts, size=options.size, phrases=vocabularies.template_phrases(template))
+  vocabulary.save(options.out)
+  report = {'out': options.out, 'size': vocabulary.vocab_size, 'texts': len(texts), 'fingerprint': vocabulary.fingerprint}
+  return report, f'Wrote {options.out}: {vocabulary.vocab_size} tokens, trained on {len(texts)} item texts.'
+
+
+def _configured(verb: str) -> Callable[[argparse.Namespace], Any]:
+  """Runs the function that gin knows by the verb's name."""
+  def run(options: argparse.Namespace) -> Any:
+    if not options.gin_file:
+      raise UserError(f'`calrec {verb}` needs --gin_file; see `calrec {verb} --help`.')
+    from calrec_jax import configurables
+    import gin
+    configurables.parse(options.gin_file, options.gin_search_paths.split(',') if options.gin_search_paths else [],
+                        options.bindings)
+    return configurables.call(verb)(gin_text=gin.operative_config_str)
+  return run
+
+
+def _train(options: argparse.Namespace) -> Outcome:
+  metrics = _configured('train')(options)
+  return metrics, 'Trained; validation ' + ', '.join(f'{name} {value:.4f}' for name, value in metrics.items()) + '.'
+
+
+def _infer(options: argparse.Namespace) -> Outcome:
+  report = _configured('infer')(options)
+  return report, '\n'.join(f'{name}: {value}' for name, value in report.items())
+
+
+def _evaluate(options: argparse.Namespace) -> Outcome:
+  from calrec_jax.evaluation.evaluate import table
+  metrics = _configured('evaluate')(options)
+  return metrics, table(metrics) + ('\n' + metrics['examples'] if metrics.get('examples') else '')
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line."""
+
+  def error(self, message: str) -> None:
+    self.exit(2, f'{self.prog}: error: {message}; see `{self.prog} --help`.\n')
+
+
+def parser() -> argparse.ArgumentParser:
+  """The whole command line."""
+  root = _Parser(prog='calrec', description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 epilog='`calrec VERB --help` has the options and an example.', allow_abbrev=False)
+  verbs = root.add_subparsers(dest='verb', required=True, metavar='VERB')
+
+  verb = _verb(verbs, 'synthesize', _synthesize, 'write a generated store as raw dumps in the Amazon 2018 format',
+               'calrec synthesize --out runs/store --users 1000 --items 250 --categories 3 --seed 0')
+  verb.add_argument('--out', required=True, help='folder to write')
+  verb.add_argument('--users', type=_positive, default=1000, help='users a category (default %(default)s)')
+  verb.add_argument('--items', type=_positive, default=250, help='items a category (default %(default)s)')
+  verb.add_argument('--categories', type=_positive, default=3, help='categories (default %(default)s)')
+  verb.add_argument('--seed', type=int, default=0, help='of the generator (default %(default)s)')
+
+  prepare = verbs.add_parser('prepare', help='turn dumps, or ready sequences, into a histories folder', allow_abbrev=False)
+  kinds = prepare.add_subparsers(dest='kind', required=True, metavar='KIND')
+  verb = _verb(kinds, 'dumps', _prepare_dumps, 'raw review and metadata dumps (Amazon 2018)',
+               'calrec prepare dumps --reviews Gift_Cards_5.json.gz --meta meta_Gift_Cards.json.gz \\\n'
+               '      --name gift_cards --out data/gift_cards')
+  verb.add_argument('--reviews', nargs='+', required=True, metavar='FILE', help='review dumps, gzipped JSON lines')
+  verb.add_argument('--meta', nargs='+', default=[], metavar='FILE', help='metadata dumps')
+  verb.add_argument('--min_count', type=int, default=5, help='k of the k-core: events of each user and item (default %(default)s)')
+  _prepared(verb)
+  verb = _verb(kinds, 'histories', _prepare_histories, 'ready sequences of items, one line a user',
+               'calrec prepare histories --sequences sequences.jsonl.gz --items items.jsonl.gz \\\n'
+               '      --name shop --out data/shop')
+  verb.add_argument('--sequences', required=True, metavar='FILE', help='lines {"user_id", "item_ids": [...]}')
+  verb.add_argument('--items', required=True, metavar='FILE', help='lines {"item_id", "title", "category", "brand", "price"}')
+  _prepared(verb)
+
+  verb = _verb(verbs, 'vocabulary', _vocabulary, "train a small tokenizer on catalogues' texts",
+               'calrec vocabulary --data data/gift_cards --size 1024 --out data/vocabulary.json')
+  verb.add_argument('--data', nargs='+', required=True, metavar='DIR', help='histories folders')
+  verb.add_argument('--size', type=_positive, default=4096, help='most tokens (default %(default)s)')
+  verb.add_argument('--out', required=True, help='file to write')
+  verb.add_argument('--fields', nargs='+', help='as text.fields in the runs (default: all)')
+  verb.add_argument('--unknown', default='write', help='as text.unknown in the runs (default %(default)s)')
+
+  for name, run, about, example in (
+      ('train', _train, 'finetune one stage; the same command resumes it',
+       "calrec train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/stage1.gin --gin.MODEL_DIR='\"runs/stage1\"' \\\n"
+       "      --gin.DATA_DIR='\"data\"' --gin.VOCABULARY='\"data/vocabulary.json\"' --gin.TRAIN_STEPS=500"),
+      ('infer', _infer, 'sample item texts for every user; the same command resumes it',
+       "calrec infer --gin_file=gin/runs/infer.gin --gin.CHECKPOINT_PATH='\"runs/stage2\"' --gin.DATA_DIR='\"data\"' \\\n"
+       "      --gin.MIXTURE_OR_TASK_NAME='\"gift_cards\"' --gin.INFER_OUTPUT_DIR='\"runs/infer\"'"),
+      ('evaluate', _evaluate, 'rank the whole catalogue for every user, and judge the rankings',
+       "calrec evaluate --gin_file=gin/runs/evaluate.gin --gin.INFER_OUTPUT_DIR='\"runs/infer\"' --gin.DATA_DIR='\"data\"' \\\n"
+       "      --gin.MIXTURE_OR_TASK_NAME='\"gift_cards\"' --gin.EVAL_OUTPUT_DIR='\"runs/evaluate\"'")):
+    verb = _verb(verbs, name, run, about, example, more=GIN_HELP)
+    verb.add_argument('--gin_file', action='append', default=[], metavar='FILE', help='gin file; may be repeated')
+    verb.add_argument('--gin_search_paths', default='', metavar='DIR,DIR', help='more folders to look for gin files in')
+  return root
+
+
+def _verb(verbs: Any, name: str, run: Callable, about: str, example: str, more: str = '') -> argparse.ArgumentParser:
+  verb = verbs.add_parser(name, help=about, description=f'{about[0].upper()}{about[1:]}.', allow_abbrev=False,
+                          formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f'{more}\nexample:\n  {example}')
+  verb.add_argument('--json', action='store_true', help='print the result as JSON on stdout, and nothing else there')
+  verb.set_defaults(run=run)
+  return verb
+
+
+def _prepared(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument('--name', required=True, help='of the data set, and of its SeqIO Task')
+  verb.add_argument('--out', required=True, help='histories folder to write; let it be DATA_DIR/NAME')
+  verb.add_argument('--min_length', type=int, default=3, help='shorter histories are dropped (default %(default)s)')
+  verb.add_argument('--max_bad_lines', type=int, default=0, help='broken lines that are passed over (default %(default)s)')
+
+
+def _positive(text: str) -> int:
+  if not re.fullmatch(r'[1-9]\d*', text):
+    raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
+  return int(text)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,94 @@
+"""What gin may bind, by name: the one table between configuration files and the code, which knows nothing of gin.
+
+`parse` reads the files and the command line's bindings, and refuses what gin itself would pass over in silence.
+"""
+
+import difflib
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+import gin
+
+from calrec_jax import runs
+from calrec_jax.errors import UserError
+from calrec_jax.evaluation.evaluate import evaluate
+from calrec_jax.inference.generate import generate
+from calrec_jax.models.decoder import DecoderConfig
+from calrec_jax.models.losses import Objective
+from calrec_jax.ranking.bm25 import Bm25Options
+from calrec_jax.text.batches import RowOptions
+from calrec_jax.text.templates import ItemTemplate
+from calrec_jax.text.vocabularies import load_vocabulary
+from calrec_jax.training.inputs import Inputs
+from calrec_jax.training.optimizer import Optimizer
+from calrec_jax.training.partitioning import MeshShape
+from calrec_jax.training.trainer import Schedule, train
+
+CONFIGURABLES = {
+    'text': ItemTemplate, 'vocabulary': load_vocabulary, 'inputs': Inputs, 'rows': RowOptions, 'decoder': DecoderConfig,
+    'objective': Objective, 'optimizer': Optimizer, 'mesh': MeshShape, 'schedule': Schedule, 'train': train,
+    'sample': generate, 'infer': runs.infer, 'bm25': Bm25Options, 'ranking': evaluate, 'evaluate': runs.rank}
+
+for _name, _target in CONFIGURABLES.items():
+  gin.external_configurable(_target, name=_name, module='calrec')
+
+
+def search_paths() -> list[str]:
+  """Where `gin/...` is found: the working folder, the checkout, the installed package."""
+  package = pathlib.Path(__file__).parent
+  return ['', str(package.parent), str(package)]
+
+
+def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> None:
+  """Reads gin files in turn, then bindings (`NAME=VALUE`). Raises UserError for anything that does not apply."""
+  gin.clear_config()
+  # gin keeps search paths for the life of the process; ours are of this call.
+  gin.config._LOCATION_PREFIXES[:] = [*paths, *search_paths()]
+  for file in gin_files:
+    _parse(lambda file=file: gin.parse_config_file(file), f'--gin_file={file}')
+  for binding in bindings:
+    _parse(lambda binding=binding: gin.parse_config(binding), f'--gin.{binding}')
+  _check_macros()
+
+
+def call(name: str) -> Callable:
+  """The configured function."""
+  return gin.get_configurable(f'calrec.{name}')
+
+
+def _parse(read: Callable[[], object], where: str) -> None:
+  try:
+    read()
+  except OSError as error:
+    raise UserError(f'{where}: {_one_line(error)}') from error
+  except (ValueError, SyntaxError, ImportError, AttributeError, KeyError, TypeError) as error:
+    message = _one_line(error)
+    if match := re.search(r"No configurable matching '([^']*)'", message):
+      message = f'nothing is called {match[1]!r}{_suggestion(match[1], CONFIGURABLES)}; gin binds {", ".join(CONFIGURABLES)}'
+    elif isinstance(error, SyntaxError) or 'malformed' in message:
+      message += '; a text needs quotes inside the argument, such as --gin.MODEL_DIR=\'"runs/stage1"\''
+    raise UserError(f'{where}: {message}') from error
+
+
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())[:400] or type(error).__name__
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+  close = difflib.get_close_matches(name, list(known), 1)
+  return f' (is it {close[0]!r}?)' if close else ''
+
+
+def _check_macros() -> None:
+  """Every macro that is set must be read by something, every macro that is read must be set."""
+  bound = {scope: values.get('value') for (scope, selector), values in gin.config._CONFIG.items() if selector == 'gin.macro'}
+  read = {reference.config_key[0] for reference in gin.config.iterate_references(gin.config._CONFIG)
+          if reference.config_key[1] == 'gin.macro'}
+  for name in sorted(bound.keys() - read):
+    raise UserError(f'{name} is set, but nothing reads it{_suggestion(name, read)}; this run reads {", ".join(sorted(read))}.')
+  for name in sorted(read):
+    if name not in bound:
+      raise UserError(f'{name} is read, but nothing sets it; add --gin.{name}=VALUE.')
+    if bound[name] is gin.REQUIRED or getattr(bound[name], 'config_key', ('', ''))[1] == 'gin.REQUIRED':
+      raise UserError(f'{name} is required; add --gin.{name}=VALUE (a text in quotes: --gin.{name}=\'"..."\').')

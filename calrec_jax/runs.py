@@ -1,0 +1,104 @@
+"""The jobs that begin with names: a checkpoint, a data set, a file of generations become objects, and the work is called."""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from calrec_jax import provenance
+from calrec_jax.data import histories, oracle
+from calrec_jax.data.histories import Histories
+from calrec_jax.errors import UserError
+from calrec_jax.evaluation.evaluate import evaluate
+from calrec_jax.inference.generate import generate
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.losses import Objective
+from calrec_jax.models.two_tower import TwoTower
+from calrec_jax.text.item_tokens import load_item_tokens
+from calrec_jax.text.rows import Shapes
+from calrec_jax.text.templates import ItemTemplate
+from calrec_jax.text.vocabularies import load_vocabulary
+from calrec_jax.training import checkpoints
+from calrec_jax.training.train_step import init_params
+
+GENERATIONS = 'generations.jsonl.gz'
+
+
+def load_data(data_dir: str | os.PathLike, name: str) -> Histories:
+  """The histories folder of one data set. Raises UserError, with the names that are there, if it is not."""
+  folder = pathlib.Path(data_dir) / name
+  if not folder.is_dir():
+    there = sorted(p.name for p in pathlib.Path(data_dir).iterdir() if p.is_dir()) if os.path.isdir(data_dir) else []
+    raise UserError(f'{folder}: no such histories folder (there are: {", ".join(there) or "none"}); give DATA_DIR and the name '
+                    'of one data set as MIXTURE_OR_TASK_NAME.')
+  return histories.load(folder)
+
+
+def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: Callable[..., dict] = generate,
+          dtype: str = 'auto', gin_text: Callable[[], str] = str) -> dict[str, Any]:
+  """Samples item texts for the users of a data set into `out/generations.jsonl.gz`. The same call resumes.
+
+  Args:
+    checkpoint: a run's folder (its newest step) or one step's; it brings its vocabulary, texts and lengths.
+    data_dir: holds the histories folders.
+    task_name: the data set.
+    out: the folder to write.
+    sample: `generate` with its options set.
+    dtype: computation, see `DecoderConfig`.
+    gin_text: returns the operative configuration, for the record.
+
+  Returns:
+    The report of `generate`.
+  """
+  found = checkpoints.find(checkpoint)
+  vocabulary = load_vocabulary(found.vocabulary_path)
+  if vocabulary.fingerprint != found.description['vocabulary']:
+    raise UserError(f'{found.vocabulary_path}: is not the vocabulary that the checkpoint was trained with; restore the file.')
+  template = ItemTemplate(**found.description['template'])
+  lengths = found.description['task_feature_lengths']
+  data = load_data(data_dir, task_name)
+  decoder = Decoder(found.decoder_config(dtype=dtype))
+  model = TwoTower(decoder, Objective())
+  abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0), Shapes(1, 8, 8, 1, 1, 1)))
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), nn.unbox(abstract))
+  params = checkpoints.load_params(found, plain)['decoder']
+  folder = pathlib.Path(out)
+  folder.mkdir(parents=True, exist_ok=True)
+  report = sample(
+      decoder=decoder, params=params, vocabulary=vocabulary, histories=data,
+      item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, template, vocabulary), out=folder / GENERATIONS,
+      identity=f'{found.model_dir.name} step {found.step} {found.description["data"]}',
+      max_prefix_length=lengths['inputs'], max_item_tokens=lengths['targets'])
+  provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
+                   data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint, template=found.description['template'])
+  return report
+
+
+def rank(*, data_dir: str, task_name: str, template: ItemTemplate, out: str, generations: str | None = None,
+         store: str | None = None, evaluate: Callable[..., dict] = evaluate, gin_text: Callable[[], str] = str) -> dict[str, Any]:
+  """Ranks the whole catalogue for every user and judges the rankings, into the folder `out`.
+
+  Args:
+    data_dir: holds the histories folders.
+    task_name: the data set.
+    template: how an item becomes the text that BM25 indexes.
+    out: the folder to write: `metrics.json` and `rankings-<method>.jsonl.gz`.
+    generations: a file that `infer` wrote, or its folder; None: the baselines alone.
+    store: a generated store, whose own probabilities give the ceiling; None: no ceiling.
+    evaluate: `evaluation.evaluate.evaluate` with its options set.
+    gin_text: returns the operative configuration, for the record.
+
+  Returns:
+    The metrics.
+  """
+  data = load_data(data_dir, task_name)
+  if generations is not None and os.path.isdir(generations):
+    generations = os.path.join(generations, GENERATIONS)
+  ceiling = oracle.load_oracle(store, task_name).probabilities if store else None
+  metrics = evaluate(histories=data, template=template, out=out, generations=generations, oracle=ceiling)
+  provenance.write(out, gin_text=gin_text(), data={data.name: data.fingerprint}, generations=generations and str(generations))
+  return metrics
