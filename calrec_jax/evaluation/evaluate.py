@@ -1,0 +1,200 @@
+"""Ranks the whole catalogue for each user with each method, and measures all of them alike (design: Truth)."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tqdm
+
+from calrec_jax import outputs
+from calrec_jax.data.histories import Histories, visible
+from calrec_jax.errors import UserError
+from calrec_jax.evaluation import protocols
+from calrec_jax.evaluation.baselines import last_item, popularity, transitions
+from calrec_jax.evaluation.examples import examples
+from calrec_jax.evaluation.generations import Generation, read_generations, shares
+from calrec_jax.evaluation.metrics import expected_metrics
+from calrec_jax.evaluation.rankings import read_rankings, write_rankings
+from calrec_jax.ranking import catalogue as catalogues
+from calrec_jax.ranking.bm25 import LUCENE, Bm25, Bm25Options
+from calrec_jax.ranking.catalogue import Catalogue
+from calrec_jax.ranking.fusion import EPSILON, check_epsilon, quasi_round_robin
+from calrec_jax.text.templates import ItemTemplate
+
+Scorer = Callable[[int], np.ndarray]  # from a user's number to float64 [I]
+Oracle = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+
+# The methods in the order of the table, with their names there.
+TITLES = {
+  'calrec': 'CALRec',
+  'popularity': 'Popularity',
+  'last_item': 'Last item',
+  'transitions': 'Item-to-item transitions',
+  'ceiling': "Ceiling (the generator's own probabilities)",
+}
+COLUMNS = {'recall@1': 'Recall@1', 'recall@10': 'Recall@10', 'ndcg@10': 'NDCG@10', 'mrr': 'MRR'}
+
+
+def evaluate(
+  *,
+  histories: Histories,
+  template: ItemTemplate,
+  out: str | os.PathLike,
+  split: str = 'test',
+  generations: str | os.PathLike | None = None,
+  oracle: Oracle | None = None,
+  bm25: Bm25Options = LUCENE,
+  epsilon: float = EPSILON,
+  max_users: int | None = None,
+  n_examples: int = 3,
+) -> dict:
+  """Ranks and measures: writes the folder `out`; returns what its `metrics.json` holds, and `examples` as text, if any.
+
+  The folder has `rankings-<method>.jsonl.gz` for each method, `metrics.json`, and, with generations, `examples.txt`. It
+  appears whole or not at all. Equal inputs give equal bytes.
+
+  Args:
+    histories: the data set.
+    template: how items are written: the one that the texts were generated with.
+    out: a folder that does not exist yet, or is empty.
+    split: `test` or `validation`; the generations must be of the same.
+    generations: the file of `calrec infer` (or its folder); None leaves CALRec out.
+    oracle: from the ids of a context's items and of all items to float [I], the true probabilities of the next item;
+      the table's ceiling, which no method sees.
+    bm25: which BM25 maps generated texts onto items.
+    epsilon: weight of a text's log-probability, see `quasi_round_robin`.
+    max_users: if set, only the first so many users.
+    n_examples: how many users `examples.txt` shows. They are chosen by a hash of their ids, not by their results.
+
+  Raises:
+    UserError: unknown split, an option out of range, nobody to evaluate, generations broken or not of these users,
+      `out` in use.
+  """
+  outputs.check_unused(out)
+  rules = protocols.protocol(split=split, max_users=max_users)
+  check_epsilon(epsilon)
+  users, n_short = evaluated_users(histories, max_users)
+  targets = [int(_visible_events(histories, user, split)[-1]) for user in users]
+  catalogue = catalogues.from_histories(histories, template)
+  texts_of = {} if generations is None else _generations_of(generations, histories, users, split)
+
+  scorers: dict[str, Scorer] = {}
+  if generations is not None:
+    scorers['calrec'] = calrec_scorer(histories, catalogue, texts_of, bm25=bm25, epsilon=epsilon)
+  for name, baseline in (('popularity', popularity), ('last_item', last_item), ('transitions', transitions)):
+    scorers[name] = baseline.scorer(histories, split)
+  if oracle is not None:
+    scorers['ceiling'] = _oracle_scorer(histories, split, oracle)
+
+  result = {
+    'protocol': rules,
+    'data': {'name': histories.name, 'fingerprint': histories.fingerprint},
+    'users': len(users),
+    'too_short_users': n_short,
+    'items': len(catalogue),
+    'duplicate_texts': _duplicate_texts(catalogue, targets),
+    'ranking': {
+      'text': {'fields': list(template.fields), 'unknown': template.unknown},
+      'bm25': dataclasses.asdict(bm25),
+      'epsilon': epsilon,
+    },
+  }
+  if generations is not None:
+    judged = (texts_of[histories.user_ids[user]] for user in users)
+    result['generations'] = shares(judged, frozenset(catalogue.texts))
+  with outputs.new_folder(out) as folder:
+    result['methods'] = {}
+    for name, scorer in scorers.items():
+      path = folder / f'rankings-{name}.jsonl.gz'
+      better_U, tied_U = write_rankings(
+        path, scorer, users=tqdm.tqdm(users, desc=f'rank: {name}', unit=' users', mininterval=0.5),
+        user_ids=histories.user_ids, targets=targets, item_ids=catalogue.item_ids)
+      expected = expected_metrics(better_U, tied_U)
+      result['methods'][name] = {metric: float(value_U.mean()) for metric, value_U in expected.items()}
+    outputs.write_json(folder / 'metrics.json', result)
+    if generations is not None:
+      lines = read_rankings(folder / 'rankings-calrec.jsonl.gz')
+      shown = examples(histories, catalogue, texts_of, lines, split=split, n_users=n_examples)
+      (folder / 'examples.txt').write_text(shown, encoding='utf-8')
+      result['examples'] = shown
+  return result
+
+
+def evaluated_users(histories: Histories, max_users: int | None = None) -> tuple[list[int], int]:
+  """(the numbers of the users that a protocol judges, how many are left out because their history is too short).
+
+  Raises UserError if none is left.
+  """
+  lengths_U = np.diff(histories.offsets)
+  users = np.flatnonzero(lengths_U >= protocols.MIN_HISTORY)
+  if not len(users):
+    raise UserError(f'data set {histories.name}: none of {len(lengths_U)} users has {protocols.MIN_HISTORY} events or '
+                    'more, so there is nobody to evaluate; use a larger data set.')
+  return users[:max_users].tolist(), len(lengths_U) - len(users)
+
+
+def calrec_scorer(
+  histories: Histories, catalogue: Catalogue, texts_of: Mapping[str, Generation], *, bm25: Bm25Options, epsilon: float
+) -> Scorer:
+  """The paper's ranker: BM25 of a user's generated texts against all items, and the quasi-round-robin of the lists."""
+  index = Bm25(catalogue.texts, bm25)
+
+  def scores_I(user: int) -> np.ndarray:
+    generation = texts_of[histories.user_ids[user]]
+    return quasi_round_robin(index.scores(generation.texts), generation.logprobs, epsilon=epsilon)
+
+  return scores_I
+
+
+def table(metrics: Mapping) -> str:
+  """The result of `evaluate` as a plain-text table, one method a row, CALRec first, the ceiling last."""
+  methods = metrics['methods']
+  names = [name for name in TITLES if name in methods]
+  width = max(len(TITLES[name]) for name in names)
+  rows = [' '.join([' ' * width, *(f'{title:>10}' for title in COLUMNS.values())])]
+  for name in names:
+    rows.append(' '.join([f'{TITLES[name]:<{width}}', *(f'{methods[name][column]:>10.4f}' for column in COLUMNS)]))
+  rules = metrics['protocol']
+  head = (f'{metrics["data"]["name"]}, {rules["split"]} split: {metrics["users"]} users, {metrics["items"]} items '
+          f'(protocol {rules["name"]}, {rules["hash"]})')
+  return '\n'.join([head, *rows]) + '\n'
+
+
+def _visible_events(histories: Histories, user: int, split: str) -> np.ndarray:
+  events = histories.history(user)
+  return events[:visible(len(events), split)]
+
+
+def _oracle_scorer(histories: Histories, split: str, oracle: Oracle) -> Scorer:
+  def scores_I(user: int) -> np.ndarray:
+    context = _visible_events(histories, user, split)[:-1]
+    return np.asarray(oracle([histories.item_ids[item] for item in context], histories.item_ids), np.float64)
+
+  return scores_I
+
+
+def _generations_of(
+  path: str | os.PathLike, histories: Histories, users: Sequence[int], split: str
+) -> dict[str, Generation]:
+  """Reads generations; raises UserError unless all their users are of this data set and no judged user is missing."""
+  found = read_generations(path)
+  unknown = found.keys() - set(histories.user_ids)
+  if unknown:
+    raise UserError(f'{path}: {len(unknown)} of {len(found)} users are not in the data set {histories.name} (such as '
+                    f'{min(unknown)!r}); evaluate on the data set that the texts were generated for.')
+  missing = [histories.user_ids[user] for user in users if histories.user_ids[user] not in found]
+  if missing:
+    raise UserError(f'{path}: no texts for {len(missing)} of the {len(users)} users to evaluate (such as '
+                    f'{missing[0]!r}); finish `calrec infer` on the {split} split (it resumes), or set max_users.')
+  return found
+
+
+def _duplicate_texts(catalogue: Catalogue, targets: Sequence[int]) -> dict:
+  """How many texts several items have, how many items have such a text, and for how many users the target is one."""
+  shared_I = catalogue.twins_I > 0
+  return {
+    'texts': len(np.unique(catalogue.text_ids_I[shared_I])),
+    'items': int(shared_I.sum()),
+    'targets': int(shared_I[list(targets)].sum()),
+  }

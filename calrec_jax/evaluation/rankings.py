@@ -1,0 +1,101 @@
+"""Where each user's target stands among all items, and who is at the top: one file a method."""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+TOP = 100
+
+
+def tie_order(item_ids: Sequence[str]) -> np.ndarray:
+  """int64 [I]: the item indices in the order in which tied items are listed, that of the SHA-256 of their ids.
+
+  The order of a catalogue may say something of its items (age, category); this one does not. It only orders the lists
+  in the rankings: no metric depends on it.
+  """
+  hashes = [hashlib.sha256(item_id.encode()).digest() for item_id in item_ids]
+  return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), np.int64)
+
+
+def place(scores_I: np.ndarray, target: int) -> tuple[int, int]:
+  """(better, tied): how many items score strictly above the target, and how many others score exactly the same."""
+  score = scores_I[target]
+  return int(np.count_nonzero(scores_I > score)), int(np.count_nonzero(scores_I == score)) - 1
+
+
+def top_items(scores_I: np.ndarray, order_I: np.ndarray, n: int = TOP) -> np.ndarray:
+  """int64 [min(n, I)]: the best items by score, downwards; those with equal scores in the order of `order_I`."""
+  shuffled_I = scores_I[order_I]
+  n = min(n, len(shuffled_I))
+  bound = np.partition(shuffled_I, -n)[-n]
+  above = np.flatnonzero(shuffled_I > bound)
+  above = above[np.argsort(-shuffled_I[above], kind='stable')]
+  level = np.flatnonzero(shuffled_I == bound)[:n - len(above)]
+  return order_I[np.concatenate([above, level])]
+
+
+@contextlib.contextmanager
+def gzip_writer(path: pathlib.Path) -> Iterator[io.TextIOBase]:
+  """A text file to write, gzipped without name and time: equal lines give equal bytes."""
+  with (
+    open(path, 'wb') as raw,
+    gzip.GzipFile('', 'wb', compresslevel=4, fileobj=raw, mtime=0) as packed,
+    io.TextIOWrapper(packed, encoding='utf-8', newline='\n') as file,
+  ):
+    yield file
+
+
+def write_rankings(
+  path: pathlib.Path,
+  scorer: Callable[[int], np.ndarray],
+  *,
+  users: Sequence[int],
+  user_ids: Sequence[str],
+  targets: Sequence[int],
+  item_ids: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Ranks all items for each user, and writes a line a user.
+
+  `{"user_id", "target": item id, "better", "tied", "top": [{"item_id", "score"}, ... 100]}`.
+
+  Args:
+    path: written in place: give a path in a scratch folder.
+    scorer: from a user's number to float64 [I], finite.
+    users: the numbers of the users to rank, in the order of the lines; an iterable with progress is welcome.
+    user_ids: ids of all users.
+    targets: item index of each of `users`.
+    item_ids: ids of all items.
+
+  Returns:
+    (better_U, tied_U), int64, in the order of `users`.
+  """
+  order_I = tie_order(item_ids)
+  id_json = [json.dumps(item_id, ensure_ascii=False) for item_id in item_ids]
+  places = []
+  with gzip_writer(path) as file:
+    for user, target in zip(users, targets, strict=True):
+      scores_I = scorer(user)
+      if scores_I.shape != order_I.shape or not np.isfinite(scores_I).all():
+        raise ValueError(f'{path.stem}: expected {len(item_ids)} finite scores for user {user_ids[user]!r}.')
+      better, tied = place(scores_I, target)
+      places.append((better, tied))
+      best = top_items(scores_I, order_I)
+      pairs = zip(best.tolist(), scores_I[best].tolist(), strict=True)
+      top = ', '.join(f'{{"item_id": {id_json[item]}, "score": {score!r}}}' for item, score in pairs)
+      head = json.dumps({'user_id': user_ids[user], 'target': item_ids[target], 'better': better, 'tied': tied},
+                        ensure_ascii=False)
+      file.write(f'{head[:-1]}, "top": [{top}]}}\n')
+  better_U, tied_U = np.array(places, np.int64).reshape(-1, 2).T
+  return better_U, tied_U
+
+
+def read_rankings(path: pathlib.Path) -> Iterator[dict]:
+  """The lines of a rankings file."""
+  with gzip.open(path, 'rt', encoding='utf-8') as file:
+    yield from map(json.loads, file)

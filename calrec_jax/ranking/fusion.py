@@ -1,0 +1,52 @@
+"""The quasi-round-robin: the scores of many generated texts become one ranking (method: Inference)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from calrec_jax.errors import UserError
+
+EPSILON = 1 / 5000  # a third-party description of the paper has this value
+
+
+def check_epsilon(epsilon: float) -> float:
+  """Returns `epsilon`; raises UserError unless it is finite and >= 0."""
+  if not (math.isfinite(epsilon) and epsilon >= 0):
+    raise UserError(f'epsilon = {epsilon}: give a finite number >= 0 (the method: {EPSILON}).')
+  return epsilon
+
+
+def quasi_round_robin(
+  scores_GI: np.ndarray, logprobs_G: Sequence[float] | np.ndarray, *, epsilon: float = EPSILON
+) -> np.ndarray:
+  """Fuses the scores of a user's G texts over I items into one score an item.
+
+  Each text's scores are min-max scaled over the items to [0, 1] and multiplied by exp(epsilon * logprob), the
+  text's log-probability in nats; an item's score is its maximum over the texts. As each text's best item gets the
+  text's whole weight, the ranking takes first each text's best item, most probable text first.
+
+  Where scaling is undefined (a text scores all items the same), the method is silent about scores above 0. Our
+  choice: a text that matches nothing scores 0 everywhere (method), and one that matches every item equally scores 1
+  everywhere, since each item is its best match.
+
+  Args:
+    scores_GI: scores >= 0. They are handled in float64: the weights of two texts may differ by 1e-6 and less.
+    logprobs_G: finite.
+    epsilon: >= 0.
+
+  Returns:
+    float64 [I]; zeros if there are no texts.
+  """
+  scores_GI = np.asarray(scores_GI, np.float64)
+  weight_G = np.exp(epsilon * np.asarray(logprobs_G, np.float64))
+  if scores_GI.shape[:1] != weight_G.shape:
+    raise ValueError(f'Scores of {len(scores_GI)} texts, but {weight_G.shape} log-probabilities.')
+  low_G1 = scores_GI.min(axis=1, keepdims=True)
+  width_G1 = scores_GI.max(axis=1, keepdims=True) - low_G1
+  flat_G1 = width_G1 == 0
+  # Division, not a product with the inverse: the best item must get exactly 1, so that equal weights tie.
+  scaled_GI = (scores_GI - low_G1) / np.where(flat_G1, 1, width_G1)
+  scaled_GI += flat_G1 & (low_G1 > 0)
+  scaled_GI *= weight_G[:, None]
+  return scaled_GI.max(axis=0, initial=0)
