@@ -73,14 +73,14 @@ def _alone_size(corpus: Corpus, steps: list[list[np.ndarray]], cut: Excerpts, n_
   """(M, S): the smallest multiples of 8 with which the texts of each step fit `n_rows` alone rows."""
   texts = [_distinct_texts(corpus, cut, step) for step in steps]
   lengths = [corpus.item_lengths[corpus.text_items[t]] + corpus.bos_length for t in texts]
-  longest = max((int(l.max(initial=1)) for l in lengths), default=1)
+  longest = int(corpus.item_lengths[corpus.events].max(initial=1)) + corpus.bos_length  # of all steps to come
   if alone_length and alone_length < longest:
     raise UserError(f"rows.alone_length = {alone_length}: an item's text has {longest} tokens; raise it, or lower "
                     "TASK_FEATURE_LENGTHS' 'targets', which caps an item.")
   M = alone_length or _round_up(max([longest, *(l.sum() / n_rows for l in lengths)]))
   while True:
     packed = [_pack_texts(corpus, t, M, alone_slots or M) for t in texts]
-    if alone_length or max(map(len, packed)) <= n_rows:
+    if alone_length or max(map(len, packed), default=0) <= n_rows:
       return M, alone_slots or _round_up(max((len(row) for rows in packed for row in rows), default=1), 4)
     M += 8
 
@@ -99,7 +99,7 @@ class Stream:
 
   def take(self, start: int, stop: int) -> np.ndarray:
     """The excerpts that end at stream positions (start, stop], counted in tokens."""
-    parts = []
+    parts = [self.members[:0]]
     for epoch in range(start // self.total, (stop - 1) // self.total + 1):
       order, ends = self._epoch(epoch)
       low, high = np.searchsorted(ends, [start - epoch * self.total, stop - epoch * self.total], side='right')
@@ -139,9 +139,9 @@ class BatchPlan:
     self.window_tokens = o.window_steps * B * L
     probes = [_pack(self.excerpts, self._draw(w), (L, L, L), np.random.default_rng((self.seed, w))) for w in range(PROBES)]
     rows = [row for probe in probes for row in probe]
-    losses = _round_up(max(self.excerpts.losses[row].sum() for row in rows))
-    spans = _round_up(max((self.excerpts.stops - self.excerpts.first_targets)[row].sum() for row in rows))
-    self.limits = (L, min(o.loss_positions or losses, L), o.spans_per_row or spans)
+    losses = self._limit('loss_positions', 'target tokens (with their ends)', self.excerpts.losses, rows)
+    spans = self._limit('spans_per_row', 'targets', self.excerpts.stops - self.excerpts.first_targets, rows)
+    self.limits = (L, min(losses, L), spans)
     self.window_tokens = int(self.window_tokens * (1 - SLACK) * o.window_steps * B / max(map(len, probes)))
     dealt = []
     for w in range(PROBES):
@@ -149,6 +149,14 @@ class BatchPlan:
       dealt += self._deal(_pack(self.excerpts, self._draw(w), self.limits, rng), B, rng)
     M, S = _alone_size(self.corpus, dealt, self.excerpts, B, o.alone_length, o.alone_slots)
     self.shapes = Shapes(B=B, L=L, M=M, Q=self.limits[1], E=self.limits[2], S=S)
+
+  def _limit(self, option: str, what: str, counts: np.ndarray, rows: list[np.ndarray]) -> int:
+    """The option's value; if it is None, what the fullest of the probed rows holds, and the fullest excerpt of all."""
+    largest, given = int(counts.max()), getattr(self.options, option)
+    if given is not None and given < largest:
+      raise UserError(f'rows.{option} = {given}: one history has {largest} {what} in a row; raise it to {largest}, or leave '
+                      'it out.')
+    return given or _round_up(max([largest, *(counts[row].sum() for row in rows)]))
 
   def _draw(self, window: int) -> np.ndarray:
     """The excerpts of a window: each source gives its share of the tokens."""

@@ -12,7 +12,7 @@ FIELDS = ('title', 'category', 'brand', 'price')
 FIRST = "This is the summary of a user's purchase history. The first item bought is as follows."
 NEXT = '\nThe next item bought is as follows.'
 
-_PROMPT_PHRASE = re.compile(r'(item bought is as follows)\.', re.IGNORECASE)
+_PROMPT_PHRASE = re.compile(r'(item bought is as follows)(?:\.|\Z)', re.IGNORECASE)
 
 
 def one_line(value: str) -> str:

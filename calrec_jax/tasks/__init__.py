@@ -1,0 +1,1 @@
+"""SeqIO Tasks and Mixtures."""
