@@ -65,7 +65,7 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0), Shapes(1, 8, 8, 1, 1, 1)))
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), nn.unbox(abstract))
-  params = checkpoints.load_params(found, plain)['decoder']
+  params = checkpoints.load(found, params=plain)['params']['decoder']
   folder = pathlib.Path(out)
   folder.mkdir(parents=True, exist_ok=True)
   report = sample(

@@ -47,7 +47,8 @@ def unit(x_ED: jax.Array) -> jax.Array:
   """Vectors of length one, float32. A zero vector stays zero, with a gradient of zero."""
   x_ED = x_ED.astype(jnp.float32)
   squares_E1 = jnp.sum(jnp.square(x_ED), axis=-1, keepdims=True)
-  return x_ED * jax.lax.rsqrt(jnp.maximum(squares_E1, 1e-12))
+  is_zero_E1 = squares_E1 < 1e-12
+  return jnp.where(is_zero_E1, 0.0, x_ED * jax.lax.rsqrt(jnp.where(is_zero_E1, 1.0, squares_E1)))
 
 
 def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,

@@ -28,6 +28,10 @@ class Found:
   description: dict[str, Any]
 
   @property
+  def folder(self) -> pathlib.Path:
+    return self.model_dir / FOLDER / str(self.step)
+
+  @property
   def vocabulary_path(self) -> pathlib.Path:
     return self.model_dir / VOCABULARY_FILE
 
@@ -37,44 +41,38 @@ class Found:
 
 
 class Checkpoints:
-  """The checkpoints of one run."""
+  """Writes the checkpoints of one run, in the background. As a context it waits for them when it ends."""
 
   def __init__(self, model_dir: str | pathlib.Path, *, keep: int = 3):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(pathlib.Path(model_dir).absolute() / FOLDER, options=options,
                                           item_names=('params', 'rest', 'description'))
 
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
-
   def save(self, step: int, params: Any, rest: Any, description: dict[str, Any]) -> None:
-    """Begins to write a step; returns before it is on disk. Call `wait` before the process ends."""
+    """Begins to write a step; returns before it is on disk."""
     self._manager.save(step, force=True, args=ocp.args.Composite(
         params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest), description=ocp.args.JsonSave(description)))
-
-  def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
-    """(params, rest) of a step, laid out as the given abstract arrays (shape, dtype, sharding)."""
-    restored = _restore(self._manager, step, params=params, rest=rest)
-    return restored['params'], restored['rest']
 
   def wait(self) -> None:
     """Returns when all that was begun is on disk."""
     self._manager.wait_until_finished()
 
-  def close(self) -> None:
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.wait()
     self._manager.close()
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
-  try:
-    return manager.restore(step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in items.items()}))
-  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
-    where = pathlib.Path(manager.directory) / str(step)
-    raise UserError(f'{where}: the checkpoint cannot be read ({_first_line(error)}); remove this step to use an earlier one.') from error
 
 
 def _first_line(error: Exception) -> str:
   return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def newest_step(model_dir: str | pathlib.Path) -> int | None:
+  """The newest whole step of a run; None if there is none."""
+  folder = pathlib.Path(model_dir) / FOLDER
+  return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None) if folder.is_dir() else None
 
 
 def find(path: str | pathlib.Path) -> Found:
@@ -84,12 +82,10 @@ def find(path: str | pathlib.Path) -> Found:
     model_dir, step = path.parent.parent, int(path.name)
   else:
     model_dir = path
-    folder = path / FOLDER
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    if not steps:
+    step = newest_step(path)
+    if step is None:
       raise UserError(f'{path}: holds no checkpoint; give the MODEL_DIR of a run that `calrec train` has saved a step of, or '
                       'the folder of one step.')
-    step = max(steps)
   description = model_dir / FOLDER / str(step) / 'description' / 'metadata'
   try:
     return Found(model_dir, step, json.loads(description.read_text()))
@@ -98,16 +94,22 @@ def find(path: str | pathlib.Path) -> Found:
                     'one.') from error
 
 
-def load_params(found: Found, abstract_params: Any) -> Any:
-  """The weights of a checkpoint, laid out as `abstract_params` (shape, dtype, sharding)."""
-  with ocp.CheckpointManager(found.model_dir / FOLDER, item_names=('params', 'rest', 'description'),
-                             options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-    return _restore(manager, found.step, params=abstract_params)['params']
+def load(found: Found, **items: Any) -> dict[str, Any]:
+  """Items of a checkpoint (`params`, `rest`), each laid out as the given abstract tree (shape, dtype, sharding).
+
+  Raises UserError for a damaged one.
+  """
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return {name: checkpointer.restore(found.folder / name, target) for name, target in items.items()}
+  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+    raise UserError(f'{found.folder}: the checkpoint cannot be read ({_first_line(error)}); remove this step to use an earlier '
+                    'one.') from error
 
 
 def check_fits(found: Found, *, decoder: DecoderConfig, vocabulary: str, template: dict[str, Any]) -> None:
   """Raises UserError where a checkpoint is of another model shape, vocabulary or text than asked for."""
-  where = found.model_dir / FOLDER / str(found.step)
+  where = found.folder
   ours, theirs = decoder.shape(), found.description['decoder']
   differ = [f'{k} is {theirs.get(k)} there, {ours[k]} here' for k in ours if theirs.get(k) != ours[k]]
   if differ:

@@ -62,5 +62,5 @@ class Optimizer:
         # Without the scale of the parameters: finetuning starts where they are small on purpose.
         'adafactor': [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)],
     }[self.name]
-    clip = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
-    return optax.chain(*clip, *scale, optax.add_decayed_weights(self.weight_decay, decayed), optax.scale_by_learning_rate(rate))
+    clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+    return optax.chain(clip, *scale, optax.add_decayed_weights(self.weight_decay, decayed), optax.scale_by_learning_rate(rate))

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 from clu import metric_writers
+from jax.experimental import multihost_utils
 
 from calrec_jax import provenance
 from calrec_jax.errors import UserError
@@ -86,51 +88,53 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   plan = BatchPlan(inputs.corpus(sources, 'train'), batch_size=batch_size, length=inputs.length, options=rows, seed=seed)
   validation = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
                        options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)
-  description = {'decoder': decoder.shape(), **inputs.description(sources), 'seed': seed, 'gin': gin_text(),
-                 'versions': provenance.versions()}
+  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, **inputs.description(sources), 'seed': seed,
+                 'gin': gin_text(), 'versions': provenance.versions()}
 
   transformation = optimizer.build(train_steps)
   make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh)
-  store = _open_run(model_dir, inputs, schedule.keep)
-  state = _restore_or_start(store, pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, description)
+  _check_folder(model_dir)
+  state = _restore_or_start(pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, description)
   train_step = make_train_step(model, transformation, device_mesh, shardings)
   eval_step = make_eval_step(model, device_mesh, shardings.params)
   rate = optimizer.rate(train_steps)
-  provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
-                   shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params))
-  logging.info('%d parameters; %d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.',
-               count(state.params), plan.report['targets'], 100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
 
-  writer = metric_writers.create_default_writer(model_dir, just_logging=jax.process_index() > 0, asynchronous=False)
   start, last_eval = int(state.step), {}
-  with _termination() as terminated, tqdm.tqdm(total=train_steps, initial=start, desc='train', unit='step', file=sys.stderr,
-                                               disable=None, mininterval=1.0) as bar:
+  with contextlib.ExitStack() as stack:
+    store = stack.enter_context(_open_run(model_dir, inputs, schedule.keep))
+    provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
+                     shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params))
+    logging.info('%d parameters; %d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.',
+                 count(state.params), plan.report['targets'], 100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
+    writer = stack.enter_context(contextlib.closing(metric_writers.create_default_writer(
+        model_dir, just_logging=jax.process_index() > 0, asynchronous=False)))
+    terminated = stack.enter_context(_termination())
+    bar = stack.enter_context(tqdm.tqdm(total=train_steps, initial=start, desc='train', unit='step', file=sys.stderr,
+                                        disable=None, mininterval=1.0))
     meter = Meter(start)
     for step, batch in _prefetched(plan, device_mesh, start, train_steps):
       state, metrics = train_step(state, batch)
       bar.update()
       meter.add(metrics)
       done = step + 1
-      if done % schedule.log_every == 0 or done == train_steps:
+      logs = done % schedule.log_every == 0 or done == train_steps
+      if logs:
         values = meter.read(done)
         writer.write_scalars(done, {f'train/{k}': v for k, v in values.items()} | {'train/learning_rate': float(rate(step))})
         bar.set_postfix_str(f'loss {values["loss"]:.3f} nig {values["nig"]:.3f} tt {values["tt"]:.3f} ut {values["ut"]:.3f} '
                             f'{values["spans_per_second"]:.0f} spans/s {values["tokens_per_second"]:.0f} tokens/s')
-      stop = terminated.is_set()
+      stop = _all_stop(terminated, logs) and done < train_steps
       if len(validation) and (done == train_steps or (schedule.eval_every and done % schedule.eval_every == 0)) and not stop:
-        last_eval = evaluate_loss(eval_step, state.params, validation, device_mesh)
+        last_eval = evaluate_loss(eval_step, state.params, validation, device_mesh, objective)
         writer.write_scalars(done, {f'validation/{k}': v for k, v in last_eval.items()})
         logging.info('step %d: validation %s', done, {k: round(v, 4) for k, v in last_eval.items()})
         meter.restart(done)
       if done == train_steps or done % schedule.save_every == 0 or stop:
         store.save(done, state.params, _rest(state), description | {'validation': last_eval})
-      if stop and done < train_steps:
+      if stop:
         store.wait()
         logging.warning('Terminated at step %d, which is saved in %s; the same command goes on from it.', done, model_dir)
         raise SystemExit(PREEMPTED)
-  writer.close()
-  store.wait()
-  store.close()
   return last_eval
 
 
@@ -174,67 +178,71 @@ class Meter:
     return values
 
 
-def evaluate_loss(eval_step: Callable, params: Any, batches: OnePass, mesh: jax.sharding.Mesh) -> dict[str, float]:
-  """Loss terms over all batches: token terms as means over target tokens, contrastive terms as means over spans."""
+def evaluate_loss(eval_step: Callable, params: Any, batches: OnePass, mesh: jax.sharding.Mesh,
+                  objective: Objective) -> dict[str, float]:
+  """Loss terms over all batches: L_NIG as a mean over target tokens, the contrastive terms over spans; `loss` is theirs."""
   sharding = partitioning.batch_sharding(mesh)
-  totals = {'nig': 0.0, 'tt': 0.0, 'ut': 0.0, 'loss': 0.0, 'target_tokens': 0.0, 'spans': 0.0}
+  weight_of = {'nig': 'target_tokens', 'tt': 'spans', 'ut': 'spans'}
+  sums, weights = dict.fromkeys(weight_of, 0.0), dict.fromkeys(weight_of, 0.0)
   for step in tqdm.trange(len(batches), desc='validation', leave=False, file=sys.stderr, disable=None):
     batch = partitioning.global_batch(lambda rows, step=step: batches.batch(step, rows), batches.shapes.B, sharding)
     metrics = {name: float(value) for name, value in jax.device_get(eval_step(params, batch)).items()}
-    totals['target_tokens'] += metrics['target_tokens']
-    totals['spans'] += metrics['spans']
-    totals['nig'] += metrics['nig'] * metrics['target_tokens']
-    for name in ('tt', 'ut', 'loss'):
-      totals[name] += metrics[name] * metrics['spans']
-  tokens, spans = totals.pop('target_tokens'), totals.pop('spans')
-  return {name: total / max(tokens if name == 'nig' else spans, 1) for name, total in totals.items()}
+    for name, weight in weight_of.items():
+      sums[name] += metrics[name] * metrics[weight]
+      weights[name] += metrics[weight]
+  means = {name: sums[name] / max(weights[name], 1) for name in weight_of}
+  return {'loss': float(objective.total(**means)), **means}
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
   return {'step': state.step, 'rng': state.rng, 'opt_state': state.opt_state}
 
 
-def _open_run(model_dir: str, inputs: Inputs, keep: int) -> checkpoints.Checkpoints:
-  """The run's checkpoints. Refuses a folder that holds something else; the vocabulary is written beside the checkpoints."""
+def _check_folder(model_dir: str) -> None:
+  """Raises UserError for a folder that holds something other than a training run."""
   folder = pathlib.Path(model_dir)
   if folder.exists() and not folder.is_dir():
     raise UserError(f'{folder}: is a file; choose another MODEL_DIR.')
-  foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / checkpoints.VOCABULARY_FILE).exists()
-  if foreign:
+  if folder.is_dir() and any(folder.iterdir()) and not (folder / checkpoints.VOCABULARY_FILE).exists():
     raise UserError(f'{folder}: the folder is in use, and not by a training run; choose another MODEL_DIR.')
+
+
+def _open_run(model_dir: str, inputs: Inputs, keep: int) -> checkpoints.Checkpoints:
+  """The run's checkpoints; the vocabulary is written beside them."""
+  folder = pathlib.Path(model_dir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / checkpoints.VOCABULARY_FILE).exists():
+    if jax.process_index() == 0:
       inputs.vocabulary.save(folder / checkpoints.VOCABULARY_FILE)
   except OSError as error:
     raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another MODEL_DIR.') from error
   return checkpoints.Checkpoints(folder, keep=keep)
 
 
-def _restore_or_start(store: checkpoints.Checkpoints, model_dir: pathlib.Path, make_state: Callable[[], TrainState],
-                      shardings: TrainState, initial_checkpoint: str | None, decoder: DecoderConfig,
-                      description: dict[str, Any]) -> TrainState:
+def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainState], shardings: TrainState,
+                      initial_checkpoint: str | None, decoder: DecoderConfig, description: dict[str, Any]) -> TrainState:
   """The state to go on from: 1. the newest checkpoint of this run; 2. the weights of `initial_checkpoint`; 3. random weights."""
   expected = {'decoder': decoder, 'vocabulary': description['vocabulary'], 'template': description['template']}
-  if (step := store.latest_step()) is not None:
-    found = checkpoints.find(model_dir / checkpoints.FOLDER / str(step))
+  target = jax.eval_shape(make_state)
+  abstract_params = checkpoints.abstract(target.params, shardings.params)
+  if checkpoints.newest_step(model_dir) is not None:
+    found = checkpoints.find(model_dir)
     checkpoints.check_fits(found, **expected)
-    if found.description['data'] != description['data']:
-      raise UserError(f'{model_dir}: this run was begun on other data ({found.description["data"]} there, {description["data"]} '
-                      'here); choose another MODEL_DIR.')
-    target = jax.eval_shape(make_state)
-    params, rest = store.restore(step, checkpoints.abstract(target.params, shardings.params),
-                                 checkpoints.abstract(_rest(target), _rest(shardings)))
-    logging.info('Goes on from step %d of %s.', step, model_dir)
-    return TrainState(params=params, **rest)
+    for name in ('data', 'optimizer'):
+      if found.description[name] != description[name]:
+        raise UserError(f'{model_dir}: this run was begun with other {name} ({found.description[name]} there, '
+                        f'{description[name]} here); choose another MODEL_DIR.')
+    abstract_rest = checkpoints.abstract(_rest(target), _rest(shardings))
+    restored = checkpoints.load(found, params=abstract_params, rest=abstract_rest)
+    logging.info('Goes on from step %d of %s.', found.step, model_dir)
+    return TrainState(params=restored['params'], **restored['rest'])
   if initial_checkpoint is None:
     return make_state()
   found = checkpoints.find(initial_checkpoint)
   checkpoints.check_fits(found, **expected)
-  state = make_state()
-  params = checkpoints.load_params(found, checkpoints.abstract(state.params, shardings.params))
+  params = checkpoints.load(found, params=abstract_params)['params']
   logging.info('Starts from the weights of step %d of %s.', found.step, found.model_dir)
-  return state.replace(params=params)
+  return make_state().replace(params=params)
 
 
 def _prefetched(plan: BatchPlan, mesh: jax.sharding.Mesh, start: int, stop: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
@@ -263,3 +271,10 @@ def _termination() -> Iterator[Any]:
     yield event
   finally:
     signal.signal(signal.SIGTERM, previous)
+
+
+def _all_stop(terminated: threading.Event, logs: bool) -> bool:
+  """Whether to save and leave after this step. Several processes agree on it in the steps that log: all leave at one step."""
+  if jax.process_count() == 1:
+    return terminated.is_set()
+  return logs and bool(multihost_utils.process_allgather(np.asarray(terminated.is_set())).any())

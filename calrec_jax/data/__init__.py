@@ -1,0 +1,1 @@
+"""Purchase histories: from review dumps, and as a data set."""

@@ -1,0 +1,132 @@
+"""Files of JSON lines, gzipped or plain, read so that bad input is named by file and line."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+import tqdm
+
+from calrec_jax.errors import UserError
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A file that was read to its end once.
+
+  Attributes:
+    path: where it lies.
+    sha256: hex digest of its bytes as stored.
+    lines: lines that hold more than white space.
+    gzipped: told by its content, not by its name.
+  """
+
+  path: pathlib.Path
+  sha256: str
+  lines: int
+  gzipped: bool
+
+  def description(self) -> dict:
+    """What `dataset.json` keeps of it: no folder names."""
+    return {'file': self.path.name, 'sha256': self.sha256, 'lines': self.lines}
+
+
+class BadLines:
+  """Counts the bad lines of one file, and raises UserError when there is one more than tolerated.
+
+  `tolerated` is None where the user has no such choice: the first bad line is an error.
+  """
+
+  def __init__(self, path: str | os.PathLike, tolerated: int | None):
+    self.path = pathlib.Path(path)
+    self.tolerated = tolerated
+    self.count = 0
+
+  def add(self, number: int, what: str) -> None:
+    """Counts line `number` (from 1), which is bad because of `what`."""
+    self.count += 1
+    if self.count > (self.tolerated or 0):
+      more = f' ({self.count} bad lines up to here, {self.tolerated} tolerated)' if self.tolerated else ''
+      cure = 'repair it' if self.tolerated is None else 'repair it, or tolerate it with --max_bad_lines'
+      raise UserError(f'{self.path}: line {number}: {what}{more}; {cure}.')
+
+
+def file_at(path: str | os.PathLike) -> pathlib.Path:
+  """Returns `path`; raises UserError unless a file lies there."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise UserError(f'{path}: {"is a folder, not a file" if path.is_dir() else "no such file"}; check the path.')
+  return path
+
+
+def _is_gzipped(path: pathlib.Path) -> bool:
+  with path.open('rb') as file:
+    magic = file.read(2)
+  if magic != b'\x1f\x8b' and path.suffix == '.gz':
+    raise UserError(f'{path}: is not gzip, although its name ends in .gz; download it again, or take .gz off its name.')
+  return magic == b'\x1f\x8b'
+
+
+def inspect(path: str | os.PathLike, *, progress: bool = True) -> Source:
+  """Reads a file to its end: its digest, its number of lines, whether it is whole.
+
+  Raises:
+    UserError: the file is missing or unreadable, a .gz that is not gzip, or a truncated or damaged one.
+  """
+  path = file_at(path)
+  try:
+    gzipped = _is_gzipped(path)
+    digest = hashlib.sha256()
+    with path.open('rb') as file, tqdm.tqdm(total=path.stat().st_size, unit='B', unit_scale=True, delay=1, leave=False,
+                                            desc=f'checking {path.name}', disable=not progress) as bar:
+      while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        bar.update(len(chunk))
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
+  n_lines = sum(1 for _ in lines(path, gzipped=gzipped, progress=progress))
+  return Source(path, digest.hexdigest(), n_lines, gzipped)
+
+
+def lines(path: str | os.PathLike, *, gzipped: bool | None = None, progress: bool = True
+          ) -> Iterator[tuple[int, bytes]]:
+  """Yields (number from 1, line) of each line that holds more than white space; only \\n ends a line.
+
+  Raises UserError as `inspect` does.
+  """
+  path = file_at(path)
+  gzipped = _is_gzipped(path) if gzipped is None else gzipped
+  try:
+    with gzip.open(path) if gzipped else path.open('rb') as file:
+      numbered = tqdm.tqdm(file, unit=' lines', unit_scale=True, delay=1, leave=False, desc=f'reading {path.name}',
+                           disable=not progress)
+      for number, line in enumerate(numbered, start=1):
+        if not line.isspace():
+          yield number, line
+  except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    raise UserError(f'{path}: is truncated or damaged ({error}); download or copy it again.') from error
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
+
+
+def objects(path: str | os.PathLike, bad: BadLines, *, progress: bool = True) -> Iterator[tuple[int, dict]]:
+  """Yields (number from 1, object) of each line; lines that hold no JSON object go to `bad`.
+
+  Raises UserError as `lines` and `bad` do.
+  """
+  for number, line in lines(path, progress=progress):
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      bad.add(number, f'not JSON ({str(error).splitlines()[0]})')
+      continue
+    if isinstance(row, dict):
+      yield number, row
+    else:
+      bad.add(number, f'a JSON {type(row).__name__}, where an object is expected')

@@ -1,0 +1,227 @@
+"""Generates item texts for every user of a data set, and can be stopped and resumed (method: Inference).
+
+The output is `generations.jsonl.gz`, a line a user: {"user_id": "u7", "texts": ["Title: …", …], "logprobs": [-3.2, …],
+"finished": [true, …]}, most probable text first.
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+import tqdm
+
+from calrec_jax import outputs
+from calrec_jax.data.histories import Histories, visible
+from calrec_jax.errors import UserError
+from calrec_jax.inference.partial import Partial
+from calrec_jax.inference.prefixes import form_batches, make_prefixes
+from calrec_jax.inference.sampling import Samples, sample
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.text.item_tokens import ItemTokens
+from calrec_jax.text.vocabularies import TokenizerVocabulary
+
+SPLITS = ('test', 'validation')
+
+
+def generate(*, decoder: Decoder, params, vocabulary: TokenizerVocabulary, histories: Histories,
+             item_tokens: ItemTokens, out: str | os.PathLike, identity: str, split: str = 'test', n_samples: int = 32,
+             temperature: float = 0.5, max_new_tokens: int | None = None, max_prefix_length: int = 448,
+             max_item_tokens: int = 64, users_per_batch: int = 8, seed: int = 0, max_users: int | None = None,
+             bucket: int = 64) -> dict:
+  """Samples texts of each user's next item, and writes them to the file `out`.
+
+  Finished batches are kept in `<out>.partial` until all are; the same call takes them up again. Equal inputs give equal
+  bytes (same kind of machine), whether stopped or not.
+
+  Args:
+    decoder: the model; `params` are its parameters, unboxed.
+    params: see above.
+    vocabulary: the one that the model was trained with.
+    histories: the data set. Users of fewer than three events have no leave-one-out split, and are left out.
+    item_tokens: the catalogue's tokens in this vocabulary.
+    out: the file to write.
+    identity: names the parameters' content (a checkpoint and its step, or a hash): a run is not resumed with others.
+    split: `test` or `validation`: the target is the last event that the split may see, the context is what is before.
+    n_samples: texts sampled for a user; equal texts are merged.
+    temperature: of the sampling; log-probabilities are at temperature 1 always. 0: the most probable token, always.
+    max_new_tokens: the longest text, its end included. None: the 99.9th percentile of the catalogue's.
+    max_prefix_length: tokens; a longer context keeps its newest whole items.
+    max_item_tokens: cap on an item's tokens, as in training.
+    users_per_batch: users sampled together.
+    seed: of the noise, which is a function of (seed, user id, sample, place in the text).
+    max_users: if set, only the first so many users.
+    bucket: prefixes are padded to multiples of this length.
+
+  Returns:
+    The report: counts of users; `texts_per_user`; shares (0 to 1) of `unfinished`, `empty` and `exact_match` (equal to
+    a text of the catalogue) among the users' distinct texts; `mean_tokens` a sample, its end not counted; `seconds` of
+    this call.
+
+  Raises:
+    UserError: an option out of range, `out` exists, the partial file was begun with other settings, the vocabulary does
+      not fit the model, nobody to generate for, the model's output is not finite.
+  """
+  began = time.monotonic()
+  path = pathlib.Path(out)
+  if path.exists():
+    raise UserError(f'{path}: the output is already there; choose another place, or remove it first.')
+  options = {'split': split, 'n_samples': n_samples, 'temperature': temperature, 'max_new_tokens': max_new_tokens,
+             'max_prefix_length': max_prefix_length, 'max_item_tokens': max_item_tokens,
+             'users_per_batch': users_per_batch, 'seed': seed, 'max_users': max_users, 'bucket': bucket}
+  check_options(options)
+  if max_new_tokens is None:
+    max_new_tokens = options['max_new_tokens'] = default_max_new_tokens(item_tokens, max_item_tokens)
+  sampler = functools.partial(
+      sample, decoder, params, n_samples=n_samples, temperature=temperature, max_new_tokens=max_new_tokens,
+      eos_id=vocabulary.eos_id, forbidden=forbidden_ids(vocabulary, decoder.config.vocab_size))
+  prefixes = make_prefixes(vocabulary, item_tokens, max_item_tokens=max_item_tokens, max_length=max_prefix_length)
+  users = eligible_users(histories, max_users)
+  contexts = [context(histories, user, split) for user in users]
+  kept = [prefixes.newest(items) for items in contexts]
+  batches = form_batches(np.asarray([length for _, length in kept]), users_per_batch=users_per_batch, bucket=bucket)
+  settings = {'identity': identity, 'data': histories.fingerprint, 'vocabulary': vocabulary.fingerprint,
+              'item_tokens': _digest(item_tokens), 'dtype': str(decoder.config.compute_dtype), **options}
+  with Partial(f'{path}.partial', settings) as partial:
+    n_resumed = sum(map(len, partial.batches))
+    with tqdm.tqdm(total=len(users), initial=n_resumed, desc='infer', unit=' users', mininterval=0.5) as bar:
+      for chosen, length in batches[len(partial.batches):]:
+        # A batch has a fixed shape: copies of its last user fill it up, which end when that one ends.
+        chosen_U = np.pad(chosen, (0, users_per_batch - len(chosen)), mode='edge')
+        ids_U = [histories.user_ids[users[index]] for index in chosen_U]
+        tokens_UP, lengths_U = padded([prefixes.tokens(kept[index][0]) for index in chosen_U], length)
+        samples = jax.device_get(sampler(tokens_UP, lengths_U, user_keys(seed, ids_U)))
+        if not np.isfinite(samples.logprobs_UN).all():
+          raise UserError(f'{identity}: the model gives log-probabilities that are not finite; take another one.')
+        partial.append([to_row(ids_U[row], row, samples, vocabulary) for row in range(len(chosen))])
+        bar.update(len(chosen))
+    rows = {row['user_id']: row for batch in partial.batches for row in batch}
+    ordered = [rows[histories.user_ids[user]] for user in users]
+    write_generations(path, ordered)
+    partial.remove()
+  n_cut = sum(len(items) < len(all_items) for (items, _), all_items in zip(kept, contexts, strict=True))
+  return {'users': len(users), 'users_cut': n_cut, 'users_resumed': n_resumed, 'max_new_tokens': max_new_tokens,
+          **text_shares(ordered, catalogue_texts(item_tokens, vocabulary), n_samples),
+          'seconds': round(time.monotonic() - began, 3)}
+
+
+def check_options(options: Mapping[str, object]) -> None:
+  """Raises UserError for an option out of range."""
+  if options['split'] not in SPLITS:
+    raise UserError(f"split = {options['split']!r}: choose one of {SPLITS}.")
+  if not 0 <= options['temperature'] < float('inf'):
+    raise UserError(f"temperature = {options['temperature']}: give a finite number >= 0 (the method: 0.5).")
+  for name in ('n_samples', 'max_new_tokens', 'max_prefix_length', 'max_item_tokens', 'users_per_batch', 'max_users',
+               'bucket'):
+    if options[name] is not None and options[name] < 1:
+      raise UserError(f'{name} = {options[name]}: give at least 1.')
+
+
+def eligible_users(histories: Histories, max_users: int | None = None) -> list[int]:
+  """The numbers of the first `max_users` users that have a train, a validation and a test event."""
+  users = [user for user, n in enumerate(np.diff(histories.offsets).tolist()) if visible(n, 'train') > 0][:max_users]
+  if not users:
+    raise UserError(f'data set {histories.name}: no user has the three events that leave-one-out needs; use a larger '
+                    'one.')
+  return users
+
+
+def context(histories: Histories, user: int, split: str) -> np.ndarray:
+  """The items that may be read to predict the user's target of the split: int32, in time order."""
+  events = histories.history(user)
+  return events[:visible(len(events), split) - 1]
+
+
+def default_max_new_tokens(item_tokens: ItemTokens, max_item_tokens: int) -> int:
+  """The 99.9th percentile of the items' lengths, capped, with a place for the end."""
+  percentile = int(np.ceil(np.percentile(np.diff(item_tokens.offsets), 99.9)))
+  return min(percentile, max_item_tokens) + 1
+
+
+def forbidden_ids(vocabulary: TokenizerVocabulary, vocab_size: int) -> np.ndarray:
+  """bool [V]: BOS, padding, and rows of the embedding that no token has. UserError if the model has too few rows."""
+  if vocabulary.vocab_size > vocab_size:
+    raise UserError(f'The vocabulary has {vocabulary.vocab_size} tokens, the model {vocab_size}: give the vocabulary '
+                    'that the model was trained with.')
+  forbidden_V = np.arange(vocab_size) >= vocabulary.vocab_size
+  for special in {vocabulary.bos_id, vocabulary.pad_id} - {None, vocabulary.eos_id}:
+    # A vocabulary without padding says that it is id 0, which is a token like others then: it writes text.
+    forbidden_V[special] = not vocabulary.decode([special])
+  return forbidden_V
+
+
+def user_keys(seed: int, user_ids: Sequence[str]) -> np.ndarray:
+  """uint32 [U, 2], a hash of the seed and the user's id: whatever the user's place in a file or batch."""
+  digests = [hashlib.sha256(f'{seed}\n{user_id}'.encode()).digest()[:8] for user_id in user_ids]
+  return np.frombuffer(b''.join(digests), '<u4').reshape(-1, 2)
+
+
+def padded(prefixes: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens int32 [U, length] with zeros after each prefix, lengths int32 [U])."""
+  tokens_UP = np.zeros((len(prefixes), length), np.int32)
+  for row, prefix in enumerate(prefixes):
+    tokens_UP[row, :len(prefix)] = prefix
+  return tokens_UP, np.asarray([len(prefix) for prefix in prefixes], np.int32)
+
+
+def to_row(user_id: str, row: int, samples: Samples, vocabulary: TokenizerVocabulary) -> dict:
+  """What the partial file keeps of a user: the line of the output, and `tokens`, the sum over all samples."""
+  lengths_N = samples.lengths_UN[row]
+  texts = [vocabulary.decode(tokens_T[:length].tolist()).lstrip(' ')
+           for tokens_T, length in zip(samples.tokens_UNT[row], lengths_N, strict=True)]
+  merged = merge(texts, samples.logprobs_UN[row].tolist(), samples.finished_UN[row].tolist())
+  return {'user_id': user_id, **merged, 'tokens': int(lengths_N.sum())}
+
+
+def merge(texts: Iterable[str], logprobs: Iterable[float], finished: Iterable[bool]) -> dict[str, list]:
+  """Merges equal texts, sorts by log-probability, descending (then by text).
+
+  A text may be sampled as several token sequences, or with and without its end. The log-probability that is kept is
+  that of its most probable finished sample, of its most probable sample if none is finished; rounded to six decimals.
+  """
+  best: dict[str, tuple[bool, float]] = {}
+  for text, logprob, is_finished in zip(texts, logprobs, finished, strict=True):
+    best[text] = max(best.get(text, (False, -np.inf)), (is_finished, round(logprob, 6)))
+  order = sorted(best, key=lambda text: (-best[text][1], text))
+  return {'texts': order, 'logprobs': [best[text][1] for text in order], 'finished': [best[text][0] for text in order]}
+
+
+def write_generations(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
+  """Writes the output, whole or not at all, with the same bytes for the same rows."""
+  try:
+    with outputs.new_file(path) as scratch, open(scratch, 'wb') as raw:
+      with gzip.GzipFile(filename='', mode='wb', fileobj=raw, mtime=0) as file:
+        for row in rows:
+          line = {name: row[name] for name in ('user_id', 'texts', 'logprobs', 'finished')}
+          file.write(json.dumps(line, ensure_ascii=False).encode() + b'\n')
+  except OSError as error:
+    raise UserError(f'{path}: cannot be written ({error.strerror}); make room, and run the same command again.'
+                    ) from error
+
+
+def catalogue_texts(item_tokens: ItemTokens, vocabulary: TokenizerVocabulary) -> frozenset[str]:
+  """The items' texts, as the vocabulary writes them."""
+  tokens, offsets = item_tokens.tokens.tolist(), item_tokens.offsets.tolist()
+  pieces = (tokens[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True))
+  return frozenset(vocabulary.decode(piece).lstrip(' ') for piece in pieces)
+
+
+def text_shares(rows: Sequence[Mapping], catalogue: Container[str], n_samples: int) -> dict:
+  """What became of the texts, see `generate`. The shares are over all users' distinct texts."""
+  texts = [text for row in rows for text in row['texts']]
+  return {'texts_per_user': len(texts) / len(rows),
+          'unfinished': sum(row['finished'].count(False) for row in rows) / len(texts),
+          'empty': sum(not text.strip() for text in texts) / len(texts),
+          'exact_match': sum(text in catalogue for text in texts) / len(texts),
+          'mean_tokens': sum(row['tokens'] for row in rows) / (len(rows) * n_samples)}
+
+
+def _digest(item_tokens: ItemTokens) -> str:
+  parts = (np.asarray(item_tokens.offsets, '<i8'), np.asarray(item_tokens.tokens, '<i4'))
+  return hashlib.sha256(b''.join(part.tobytes() for part in parts)).hexdigest()

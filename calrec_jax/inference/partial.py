@@ -1,0 +1,110 @@
+"""A partial file: finished batches of JSON lines on disk, so that a run that was stopped goes on where it was.
+
+The file is a sequence of gzip members. The first holds the settings it was begun with, each further one a batch. A
+member that was being written when the run was stopped is not whole, and is dropped.
+"""
+
+import gzip
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from calrec_jax.errors import UserError
+
+_CHUNK_BYTES = 1 << 14
+
+
+class Partial:
+  """The batches that are finished, and the file that further ones are appended to. A context manager."""
+
+  def __init__(self, path: str | os.PathLike, settings: Mapping[str, object]):
+    """Opens the file at `path`, or begins it.
+
+    Args:
+      path: where it is, or will be.
+      settings: what the lines depend on, JSON values by name.
+
+    Raises:
+      UserError: the file was begun with other settings (they are named), or cannot be written.
+    """
+    self.path = pathlib.Path(path)
+    self.batches: list[list[dict]] = []  # rows of each finished batch, in the order of writing
+    settings = json.loads(json.dumps(settings))
+    try:
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      self._file = open(self.path, 'ab')
+      try:
+        end = self._read(settings)
+        self._file.truncate(end)
+        if not end:
+          self._append([settings])
+      except BaseException:
+        self._file.close()
+        raise
+    except OSError as error:
+      raise UserError(f'{self.path}: cannot be written ({error.strerror}); choose another place.') from error
+
+  def append(self, rows: Sequence[Mapping]) -> None:
+    """Adds a finished batch. Raises UserError if the file cannot be written, as on a full disk."""
+    try:
+      self._append(rows)
+    except OSError as error:
+      raise UserError(f'{self.path}: cannot be written ({error.strerror}); what is finished is kept: make room, and '
+                      'run the same command again.') from error
+    self.batches.append(list(rows))
+
+  def remove(self) -> None:
+    """Closes and deletes the file: its lines have another place now."""
+    self._file.close()
+    self.path.unlink()
+
+  def __enter__(self) -> 'Partial':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._file.close()
+
+  def _append(self, rows: Sequence[Mapping]) -> None:
+    lines = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    self._file.write(gzip.compress(lines.encode(), mtime=0))
+    self._file.flush()
+
+  def _read(self, settings: dict) -> int:
+    """Reads the finished batches; returns where the last whole member ends, 0 if there is none."""
+    end = 0
+    for rows, member_end in _members(self.path):
+      if end:
+        self.batches.append(rows)
+      elif rows != [settings]:
+        raise UserError(f'{self.path}: was begun with other settings ({_differences(rows, settings)}); take those to '
+                        'finish it, remove it to begin anew, or choose another place.')
+      end = member_end
+    return end
+
+
+def _members(path: pathlib.Path) -> Iterator[tuple[list[dict], int]]:
+  """(rows, end in the file) of each gzip member, up to the first that is not whole."""
+  with open(path, 'rb') as file:
+    end = 0
+    while True:
+      file.seek(end)
+      reader, content = zlib.decompressobj(wbits=31), []
+      while not reader.eof:
+        chunk = file.read(_CHUNK_BYTES)
+        try:
+          content.append(reader.decompress(chunk))
+        except zlib.error:
+          return
+        if not chunk:
+          return
+      end = file.tell() - len(reader.unused_data)
+      yield [json.loads(line) for line in b''.join(content).split(b'\n') if line], end
+
+
+def _differences(rows: list, settings: dict) -> str:
+  """Which settings differ, and how."""
+  there = rows[0] if rows and isinstance(rows[0], dict) else {}
+  names = [name for name in {**settings, **there} if there.get(name) != settings.get(name)]
+  return ', '.join(f'{name}: {there.get(name)!r} there, {settings.get(name)!r} now' for name in names)

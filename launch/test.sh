@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Installs the `dev` extra, checks the style with ruff, and runs the whole test suite. Arguments go to pytest.
+#
+#   launch/test.sh                      everything
+#   launch/test.sh -m 'not slow'        without the slow tests
+#   launch/test.sh tests/ranking -x     one folder, until the first failure
+#
+# CALREC_VENV names the virtual environment (default: .venv-test in the checkout).
+set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${CALREC_VENV:-$PWD/.venv-test}
+launch/install.sh "$venv" dev
+"$venv/bin/ruff" check .
+exec "$venv/bin/python" -m pytest "$@"

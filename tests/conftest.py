@@ -1,0 +1,63 @@
+"""What every test runs under: eight simulated CPU devices, float32 at the highest precision, strict broadcasting."""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# All of it has to stand before jax is imported. Child processes of a test inherit it.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+_CACHE = os.environ.get('CALREC_TEST_CACHE') or pathlib.Path.home() / '.cache/calrec_jax_tests'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_CACHE)
+os.environ['JAX_COMPILATION_CACHE_MAX_SIZE'] = str(2**30)  # bytes; the oldest entries go first
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+os.environ['PATH'] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get('PATH', '')])
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+@pytest.fixture(scope='session')
+def real_data() -> pathlib.Path:
+  """The folder of real data beside the checkout (or at CALREC_REAL_DATA); the test is skipped where it is absent."""
+  folder = pathlib.Path(os.environ.get('CALREC_REAL_DATA') or ROOT.parent / 'shared/data')
+  if not folder.is_dir():
+    pytest.skip(f'the real data is not at {folder}')
+  return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_store(tmp_path_factory) -> pathlib.Path:
+  """The store of `tiny.py`. Tests read it; what they write goes elsewhere."""
+  import tiny
+  return tiny.write_store(tmp_path_factory.mktemp('tiny'))
+
+
+def _fail_forbidden_skip(report) -> None:
+  """With CALREC_STRICT_SKIPS a skip is a failure, so that a law cannot go unchecked unseen; T5X is not on PyPI."""
+  if os.environ.get('CALREC_STRICT_SKIPS') != '1' or not report.skipped or hasattr(report, 'wasxfail'):
+    return
+  reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+  if 't5x' not in reason.lower():
+    report.outcome = 'failed'
+    report.longrepr = f'{reason}\nCALREC_STRICT_SKIPS=1: no test may be skipped here, except for T5X.'
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  report = yield
+  _fail_forbidden_skip(report)
+  return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+  report = yield
+  _fail_forbidden_skip(report)
+  return report

@@ -1,0 +1,82 @@
+"""JSON lines: files are told by content, and bad ones are named by file and line."""
+
+import gzip
+import hashlib
+
+import pytest
+
+from calrec_jax.data import json_lines
+from calrec_jax.errors import UserError
+
+TEXT = b'{"a": 1}\n\n  \n{"a": 2}\r\n{"a": 3}'
+
+
+def numbers(path, tolerated=0):
+  return [(number, row['a']) for number, row in json_lines.objects(path, json_lines.BadLines(path, tolerated))]
+
+
+@pytest.mark.parametrize('name, content', [
+    ('plain.jsonl', TEXT), ('gzipped.jsonl.gz', gzip.compress(TEXT)), ('gzipped_by_content.json', gzip.compress(TEXT)),
+    ('two_members.gz', gzip.compress(TEXT[:12]) + gzip.compress(TEXT[12:])),
+])
+def test_line_numbers_count_blank_lines_however_the_file_is_stored(tmp_path, name, content):
+  (tmp_path / name).write_bytes(content)
+  assert numbers(tmp_path / name) == [(1, 1), (4, 2), (5, 3)]
+  source = json_lines.inspect(tmp_path / name)
+  assert source.description() == {'file': name, 'sha256': hashlib.sha256(content).hexdigest(), 'lines': 3}
+  assert source.gzipped == (name != 'plain.jsonl')
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+  (tmp_path / 'x').write_text('{"a": "1\u2028\x85"}\n{"a": 2}\n', encoding='utf-8')
+  assert [number for number, _ in numbers(tmp_path / 'x')] == [1, 2]
+
+
+@pytest.mark.parametrize('line, what', [
+    (b'{"a": ', 'not JSON'), (b'[1]', 'a JSON list'), (b'null', 'a JSON NoneType'), (b'{"a": "\xff"}', 'not JSON'),
+    (b'{"a": 1} {"a": 2}', 'not JSON'), (b'[' * 100_000, 'not JSON'),
+])
+def test_a_broken_line_is_named(tmp_path, line, what):
+  path = tmp_path / 'x.jsonl'
+  path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 4}\n')
+  with pytest.raises(UserError, match=rf'x\.jsonl: line 3: {what}.*--max_bad_lines'):
+    numbers(path)
+  assert numbers(path, tolerated=1) == [(1, 1), (4, 4)]
+
+
+def test_one_bad_line_more_than_tolerated_is_an_error(tmp_path):
+  (tmp_path / 'x').write_bytes(b'oh\nno\n{"a": 3}\n')
+  assert numbers(tmp_path / 'x', tolerated=2) == [(3, 3)]
+  with pytest.raises(UserError, match=r'line 2: .*2 bad lines up to here, 1 tolerated'):
+    numbers(tmp_path / 'x', tolerated=1)
+
+
+@pytest.mark.parametrize('read', [json_lines.inspect, lambda path: list(json_lines.lines(path))])
+class TestBadFiles:
+
+  def test_missing(self, tmp_path, read):
+    with pytest.raises(UserError, match=r'nowhere\.gz: no such file'):
+      read(tmp_path / 'nowhere.gz')
+
+  def test_folder(self, tmp_path, read):
+    with pytest.raises(UserError, match='is a folder'):
+      read(tmp_path)
+
+  @pytest.mark.parametrize('cut', [1, 8, 40])
+  def test_truncated(self, tmp_path, read, cut):
+    (tmp_path / 'x.gz').write_bytes(gzip.compress(TEXT * 100)[:-cut])
+    with pytest.raises(UserError, match=r'x\.gz: is truncated or damaged'):
+      read(tmp_path / 'x.gz')
+
+  def test_damaged(self, tmp_path, read):
+    content = bytearray(gzip.compress(TEXT * 100))
+    content[len(content) // 2] ^= 255
+    (tmp_path / 'x.gz').write_bytes(content)
+    with pytest.raises(UserError, match=r'x\.gz: is truncated or damaged'):
+      read(tmp_path / 'x.gz')
+
+  @pytest.mark.parametrize('content', [TEXT, b''])
+  def test_not_gzip_although_its_name_says_so(self, tmp_path, read, content):
+    (tmp_path / 'x.gz').write_bytes(content)
+    with pytest.raises(UserError, match=r'x\.gz: is not gzip'):
+      read(tmp_path / 'x.gz')

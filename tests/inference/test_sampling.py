@@ -1,0 +1,264 @@
+"""Law 6: sampling with a shared prefix is plain forward passes; and the noise is what it is said to be."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calrec_jax.inference import sampling
+from calrec_jax.inference.sampling import choose, sample, sample_keys
+from calrec_jax.models.decoder import Decoder, DecoderConfig, Step
+
+V, EOS, T = 11, 1, 6
+DECODER = Decoder(DecoderConfig(vocab_size=V, n_layers=2, embed_dim=16, n_heads=4, n_kv_heads=2, head_dim=4, ff_dim=16,
+                                dtype='float32'))
+# Three users of different lengths. The padding is made of ordinary tokens: nothing may infer it from an id.
+LENGTHS_U = np.array([3, 7, 5], np.int32)
+TOKENS_UP = np.random.default_rng(0).integers(2, V, (3, 8)).astype(np.int32)
+KEYS_U = np.arange(6, dtype=np.uint32).reshape(3, 2)
+
+
+@functools.cache
+def parameters():
+  """Wide weights: attention is far from uniform, and samples differ."""
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  params = nn.meta.unbox(jax.jit(DECODER.init)(jax.random.key(0), tokens, tokens + 1, tokens))['params']
+  return jax.tree.map(lambda x: 3 * x, params)
+
+
+def draw(tokens_UP=TOKENS_UP, lengths_U=LENGTHS_U, keys_U=KEYS_U, **kwargs):
+  options = {'n_samples': 4, 'temperature': 1.0, 'max_new_tokens': T, 'eos_id': EOS} | kwargs
+  return jax.device_get(sample(DECODER, parameters(), tokens_UP, lengths_U, keys_U, **options))
+
+
+@jax.jit
+def forward(params, tokens_BL):
+  positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+  hidden_BLD = DECODER.apply({'params': params}, tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
+  return DECODER.apply({'params': params}, hidden_BLD, method='logits')
+
+
+@functools.cache
+def plain_logits(tokens: tuple[int, ...]) -> np.ndarray:
+  """float64 [L, V] of one sequence, on its own. Zeros after it, which it cannot see, save compiling for each length."""
+  padded = np.pad(np.asarray(tokens), (0, 8 + T - len(tokens)))
+  return np.asarray(forward(parameters(), jnp.asarray(padded)[None])[0, :len(tokens)], np.float64)
+
+
+def texts(samples):
+  """(user, sample, its tokens without the end, its plain logits [tokens + 1, V] from the last prefix position on)."""
+  for user, prefix_length in enumerate(LENGTHS_U):
+    for n, length in enumerate(samples.lengths_UN[user]):
+      tokens = samples.tokens_UNT[user, n, :length].tolist()
+      # Law 6 is about the sampler's own steps, so the last token of an unfinished text need not be read.
+      yield user, n, tokens, plain_logits((*TOKENS_UP[user, :prefix_length].tolist(), *tokens))[prefix_length - 1:]
+
+
+def close(actual, expected, rtol=1e-5):
+  expected = np.asarray(expected, np.float64)
+  np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+def watched(monkeypatch, step=Step, **kwargs):
+  """(logits [U, N, V] of every step that was taken, the samples); `step` is a mutant in the place of `Step`."""
+  seen = []
+
+  def recorded(logits_UNV, *args):
+    jax.debug.callback(lambda logits_UNV: seen.append(np.asarray(logits_UNV)), logits_UNV, ordered=True)
+    return choose(logits_UNV, *args)
+  with monkeypatch.context() as patch:
+    patch.setattr(sampling, 'choose', recorded)
+    patch.setattr(sampling, 'Step', step)
+    original = sampling._sample.__wrapped__
+    anew = jax.jit(lambda *args: original(*args), static_argnums=(0, 6, 7, 8, 9))  # not from the cache
+    patch.setattr(sampling, '_sample', anew)
+    samples = draw(**kwargs)
+    jax.effects_barrier()
+  return np.stack(seen), samples
+
+
+def check_steps(monkeypatch, lengths_U=LENGTHS_U, step=Step):
+  """Holds the logits of each step against plain forward passes. Mutants: `lengths_U`, `step`."""
+  logits_TUNV, samples = watched(monkeypatch, step, lengths_U=lengths_U, n_samples=2)
+  for user, n, tokens, expected in texts(samples):
+    n_steps = len(tokens) + bool(samples.finished_UN[user, n])
+    close(logits_TUNV[:n_steps, user, n], expected[:n_steps])
+  return logits_TUNV, samples
+
+
+def test_the_logits_of_every_step_are_those_of_a_plain_forward_pass(monkeypatch):
+  logits_TUNV, samples = check_steps(monkeypatch)
+  assert len(logits_TUNV) == T and samples.lengths_UN.min() >= 2  # there was something to compare
+  assert len({tuple(text) for text in samples.tokens_UNT[0].tolist()}) == 2
+
+
+MUTANTS = {
+    'positions continue from the padded length':
+        lambda positions, mask, index: Step(jnp.full_like(positions, mask.shape[1]) + index, mask, index),
+    'positions start anew': lambda positions, mask, index: Step(jnp.full_like(positions, index), mask, index),
+    'positions are one late': lambda positions, mask, index: Step(positions + 1, mask, index),
+    'padding is seen': lambda positions, mask, index: Step(positions, jnp.ones_like(mask), index),
+    'the last prefix token is not seen':
+        lambda positions, mask, index: Step(positions, mask & jnp.roll(mask, -1, axis=1), index),
+    'the suffix is one late': lambda positions, mask, index: Step(positions, mask, index + 1),
+}
+
+
+@pytest.mark.parametrize('mutant', MUTANTS)
+def test_the_comparison_fails_when(monkeypatch, mutant):
+  with pytest.raises(AssertionError):
+    check_steps(monkeypatch, step=MUTANTS[mutant])
+
+
+def test_the_comparison_fails_when_lengths_are_those_of_the_padded_prefixes(monkeypatch):
+  with pytest.raises(AssertionError):
+    check_steps(monkeypatch, lengths_U=np.full(3, 8, np.int32))
+
+
+@pytest.mark.parametrize('temperature, n_samples', [(0.0, 3), (0.5, 3), (2.5, 16)])
+def test_logprobs_are_those_of_a_plain_forward_pass_at_temperature_1_with_the_end(temperature, n_samples):
+  samples = draw(temperature=temperature, n_samples=n_samples)
+  without_end = []
+  for user, n, tokens, logits in texts(samples):
+    ended = bool(samples.finished_UN[user, n])
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ids = tokens + [EOS] * ended
+    expected = logprobs[np.arange(len(ids)), ids].sum()
+    np.testing.assert_allclose(samples.logprobs_UN[user, n], expected, rtol=1e-5)
+    without_end.append(expected - logprobs[len(tokens), EOS] * ended)
+  assert not np.allclose(samples.logprobs_UN.reshape(-1), without_end, rtol=1e-3) or not samples.finished_UN.any()
+  if temperature == 2.5:
+    assert 0 < samples.finished_UN.mean() < 1  # both kinds were there to compare
+
+
+def test_greedy_takes_the_argmax_of_the_full_forward_at_each_step():
+  samples = draw(temperature=0.0, n_samples=3)
+  for user, n, tokens, logits in texts(samples):
+    ids = tokens + [EOS] * bool(samples.finished_UN[user, n])
+    assert ids == logits[:len(ids)].argmax(-1).tolist()
+  assert (samples.tokens_UNT == samples.tokens_UNT[:, :1]).all()
+  with pytest.raises(AssertionError):  # mutant: noise
+    noisy = draw(temperature=0.5, n_samples=3)
+    for _, _, tokens, logits in texts(noisy):
+      assert tokens == logits[:len(tokens)].argmax(-1).tolist()
+
+
+def test_a_finished_text_is_closed_and_an_unfinished_one_fills_its_places():
+  samples = draw(n_samples=16, temperature=2.5)
+  assert len(np.unique(samples.lengths_UN)) > 2
+  place_T = np.arange(T)
+  ended = samples.tokens_UNT == EOS
+  np.testing.assert_array_equal(ended, place_T[None, None] >= samples.lengths_UN[..., None])
+  np.testing.assert_array_equal(samples.finished_UN, samples.lengths_UN < T)
+  assert samples.tokens_UNT.dtype == samples.lengths_UN.dtype == np.int32 and samples.logprobs_UN.dtype == np.float32
+
+
+# The noise.
+
+
+def same(a, b):
+  np.testing.assert_array_equal(a.tokens_UNT, b.tokens_UNT)
+  np.testing.assert_array_equal(a.finished_UN, b.finished_UN)
+  np.testing.assert_allclose(a.logprobs_UN, b.logprobs_UN, rtol=1e-5)
+
+
+def take(samples, users, n=slice(None)):
+  return jax.tree.map(lambda x: x[users][:, n], samples)
+
+
+def test_a_user_gets_the_same_texts_in_any_batch_order_bucket_and_number_of_samples():
+  all_users = draw()
+  order = np.array([2, 0, 1])
+  same(draw(TOKENS_UP[order], LENGTHS_U[order], KEYS_U[order]), take(all_users, order))
+  same(draw(TOKENS_UP[:1], LENGTHS_U[:1], KEYS_U[:1]), take(all_users, [0]))
+  wider = np.concatenate([TOKENS_UP, np.full((3, 4), 5, np.int32)], axis=1)
+  same(draw(wider), all_users)
+  same(take(draw(n_samples=7), slice(None), slice(4)), all_users)
+  with pytest.raises(AssertionError):  # mutant: the key is the row's
+    same(draw(TOKENS_UP[order], LENGTHS_U[order], KEYS_U), take(all_users, order))
+
+
+def test_noise_differs_between_users_samples_and_seeds():
+  twice = draw(TOKENS_UP[[0, 0]], LENGTHS_U[[0, 0]], KEYS_U[[0, 1]])
+  assert (twice.tokens_UNT[0] != twice.tokens_UNT[1]).any()
+  assert len(np.unique(twice.tokens_UNT[0], axis=0)) > 1
+
+
+def test_typed_keys_are_taken_as_they_are():
+  same(draw(keys_U=jax.random.wrap_key_data(KEYS_U, impl='threefry2x32')), draw())
+
+
+def chi_square(counts, probabilities):
+  expected = counts.sum() * probabilities
+  return ((counts - expected)**2 / expected).sum()
+
+
+@functools.cache
+def chosen(temperature: float, place: int) -> np.ndarray:
+  """20,000 choices from one distribution over 8 tokens, of which the last is forbidden."""
+  logits_V = jnp.asarray(np.linspace(-1, 1.5, 8), jnp.float32)
+  logits_UNV = jnp.broadcast_to(logits_V, (2, 10_000, 8))
+  keys_UN = sample_keys(jax.random.split(jax.random.key(0), 2), 10_000)
+  tokens_UN, logprobs_UN = choose(logits_UNV, keys_UN, jnp.int32(place), jnp.arange(8) < 7, temperature)
+  np.testing.assert_allclose(logprobs_UN, jax.nn.log_softmax(logits_V)[tokens_UN], rtol=1e-5)  # forbidden one included
+  return np.asarray(tokens_UN).reshape(-1)
+
+
+def softmax(logits):
+  return np.exp(logits) / np.exp(logits).sum()
+
+
+def test_frequencies_are_the_softmax_at_the_temperature_without_the_forbidden():
+  logits = np.linspace(-1, 1.5, 8)[:7]
+  counts = np.bincount(chosen(0.5, 0), minlength=8)
+  assert counts[7] == 0
+  assert chi_square(counts[:7], softmax(logits / 0.5)) < 27.9  # 6 degrees of freedom: 1 in 10,000
+  assert chi_square(counts[:7], softmax(logits)) > 1000  # mutant: temperature 1
+
+
+def test_choices_at_two_places_are_independent():
+  pairs = np.bincount(chosen(1.0, 0) * 7 + chosen(1.0, 1), minlength=49)
+  probabilities = softmax(np.linspace(-1, 1.5, 8)[:7])
+  assert chi_square(pairs, np.outer(probabilities, probabilities).reshape(-1)) < 93.2  # 48 degrees: 1 in 10,000
+  same_noise = np.bincount(chosen(1.0, 0) * 8, minlength=49)  # mutant: one noise for all places
+  assert chi_square(same_noise, np.outer(probabilities, probabilities).reshape(-1)) > 1000
+
+
+def test_the_first_tokens_of_samples_follow_the_model():
+  samples = draw(TOKENS_UP[:1], LENGTHS_U[:1], KEYS_U[:1], n_samples=4000, max_new_tokens=1, temperature=2.0)
+  expected = softmax(plain_logits(tuple(TOKENS_UP[0, :3].tolist()))[-1] / 2)
+  counts = np.bincount(samples.tokens_UNT.reshape(-1), minlength=V)
+  enough = expected * 4000 > 5
+  assert enough.sum() >= 4
+  assert chi_square(counts[enough], expected[enough] / expected[enough].sum()) < 37  # 10 degrees: 1 in 10,000
+
+
+# Steps, shapes, bad input.
+
+
+def test_sampling_stops_when_all_have_ended(monkeypatch):
+  only = lambda *ids: ~np.isin(np.arange(V), ids)
+  steps, samples = watched(monkeypatch, forbidden=only(EOS))
+  assert len(steps) == 1 and samples.finished_UN.all() and not samples.lengths_UN.any()
+  steps, samples = watched(monkeypatch, forbidden=only(EOS, 4), max_new_tokens=40, temperature=4.0)
+  assert set(samples.tokens_UNT.reshape(-1).tolist()) == {EOS, 4}
+  assert samples.finished_UN.all() and len(steps) == samples.lengths_UN.max() + 1 < 40
+
+
+def test_one_program_for_each_number_of_users_and_prefix_length():
+  before = sampling._sample._cache_size()
+  options = {'n_samples': 5, 'max_new_tokens': 2}
+  draw(**options)
+  draw(lengths_U=LENGTHS_U[::-1], keys_U=KEYS_U + 1, forbidden=np.arange(V) == 0, **options)
+  assert sampling._sample._cache_size() == before + 1
+  draw(np.pad(TOKENS_UP, ((0, 0), (0, 8))), **options)
+  assert sampling._sample._cache_size() == before + 2
+
+
+@pytest.mark.parametrize('forbidden', [np.arange(V) == EOS, np.zeros(V + 1, bool)])
+def test_a_mask_that_forbids_the_end_or_does_not_fit_is_an_error(forbidden):
+  with pytest.raises(ValueError, match='forbidden'):
+    draw(forbidden=forbidden)

@@ -1,0 +1,267 @@
+"""The decoder against a plain numpy one; and causality, packing, rotary positions, remat, dtypes."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calrec_jax.errors import UserError
+from calrec_jax.models.decoder import Decoder, DecoderConfig, Whole, causal_mask, rotate
+
+CONFIG = DecoderConfig(vocab_size=23, n_layers=3, embed_dim=16, n_heads=4, n_kv_heads=2, head_dim=8, ff_dim=24,
+                       dtype='float32')
+
+
+@functools.cache
+def initial(config: DecoderConfig, seed: int = 0, scale: float = 3.0):
+  """(decoder, parameters), drawn wide enough that attention is far from uniform, and norm scales differ from 1."""
+  decoder = Decoder(config)
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  params = nn.meta.unbox(jax.jit(decoder.init)(jax.random.key(seed), tokens, tokens + 1, tokens))['params']
+  rng = np.random.default_rng(seed)
+  return decoder, jax.tree.map(lambda x: x * scale * jnp.asarray(rng.uniform(0.5, 1.0, x.shape), jnp.float32), params)
+
+
+def row(length: int, seed: int = 0):
+  tokens = np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (1, length))
+  return jnp.asarray(tokens), jnp.ones((1, length), jnp.int32), jnp.arange(length)[None]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=('method', 'train'))
+def hidden(decoder, params, *inputs, **kwargs):
+  return decoder.apply({'params': params}, *inputs, **kwargs)
+
+
+def close(actual, expected, rtol=1e-5):
+  """Equal to `rtol`, relative to the largest entry."""
+  expected = np.asarray(expected, np.float64)
+  np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+# A plain decoder: one row, no scan, no caches, grouped queries as repeated heads.
+
+
+def numpy_hidden(params, config: DecoderConfig, tokens_L, positions_L):
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+  def norm(x_LD, scale_D):
+    return x_LD / np.sqrt((x_LD**2).mean(-1, keepdims=True) + config.norm_eps) * scale_D
+
+  def turn(x_LHK):
+    half = config.head_dim // 2
+    angle_LK = positions_L[:, None] / config.rope_base ** (np.arange(half) / half)
+    z_LHK = (x_LHK[..., :half] + 1j * x_LHK[..., half:]) * np.exp(1j * angle_LK)[:, None]
+    return np.concatenate([z_LHK.real, z_LHK.imag], -1)
+
+  x_LD = params['embedding'][tokens_L]
+  for layer in range(config.n_layers):
+    p = jax.tree.map(lambda x: x[layer], params['layers'])  # noqa: B023 (called at once)
+    a, y_LD = p['attention'], norm(x_LD, p['attention_norm']['scale'])
+    q_LHK, k_LGK = turn(np.einsum('ld,dhk->lhk', y_LD, a['query'])), turn(np.einsum('ld,dhk->lhk', y_LD, a['key']))
+    v_LGK = np.einsum('ld,dhk->lhk', y_LD, a['value'])
+    for head in range(config.n_heads):
+      group = head // (config.n_heads // config.n_kv_heads)
+      scores_LL = q_LHK[:, head] @ k_LGK[:, group].T / np.sqrt(config.head_dim)
+      scores_LL = np.where(np.tril(np.ones_like(scores_LL)), scores_LL, -np.inf)
+      weights_LL = np.exp(scores_LL - scores_LL.max(-1, keepdims=True))
+      weights_LL /= weights_LL.sum(-1, keepdims=True)
+      x_LD = x_LD + weights_LL @ v_LGK[:, group] @ a['out'][head]
+    m, y_LD = p['mlp'], norm(x_LD, p['mlp_norm']['scale'])
+    gate_LF = y_LD @ m['gate']
+    x_LD = x_LD + (gate_LF / (1 + np.exp(-gate_LF)) * (y_LD @ m['up'])) @ m['down']
+  return norm(x_LD, params['final_norm']['scale'])
+
+
+@pytest.mark.parametrize('n_kv_heads', [1, 2, 4])
+def test_hidden_states_are_those_of_a_plain_decoder_with_repeated_heads(n_kv_heads):
+  config = dataclasses.replace(CONFIG, n_kv_heads=n_kv_heads)
+  decoder, params = initial(config)
+  tokens, segments, positions = row(9)
+  expected_LD = numpy_hidden(params, config, np.asarray(tokens[0]), np.asarray(positions[0]))
+  close(hidden(decoder, params, tokens, segments, positions)[0], expected_LD)
+
+
+def test_the_comparison_sees_other_groups_and_other_positions():
+  decoder, params = initial(CONFIG)
+  tokens, segments, positions = row(9)
+  actual_LD = hidden(decoder, params, tokens, segments, positions)[0]
+  swapped = jax.tree.map(lambda x: x, params)
+  swapped['layers']['attention']['query'] = params['layers']['attention']['query'][:, :, np.array([0, 2, 1, 3])]
+  swapped['layers']['attention']['out'] = params['layers']['attention']['out'][:, np.array([0, 2, 1, 3])]
+  with pytest.raises(AssertionError):  # heads in turn instead of in runs: h % G, not h // R
+    close(actual_LD, numpy_hidden(swapped, CONFIG, np.asarray(tokens[0]), np.arange(9)))
+  with pytest.raises(AssertionError):
+    close(actual_LD, numpy_hidden(params, CONFIG, np.asarray(tokens[0]), np.zeros(9)))
+
+
+# Causality and packing.
+
+
+def input_gradient(mask_of, query: int, segments_BL):
+  """How much the hidden state at `query` moves with each position's embedding: float32 [L]."""
+  decoder, params = initial(CONFIG)
+  length = segments_BL.shape[1]
+  tokens_BL, positions_BL = jnp.arange(length)[None] % CONFIG.vocab_size, jnp.arange(length)[None]
+
+  def energy(table_VD):
+    where = Whole(positions_BL, mask_of(segments_BL))
+    module = lambda m: m._hidden(tokens_BL, None, where, False, False)[0]
+    return jnp.sum(nn.apply(module, decoder)({'params': {**params, 'embedding': table_VD}})[0, query] ** 2)
+
+  return np.abs(jax.grad(energy)(params['embedding'])[:length]).max(-1)  # each position has a token of its own
+
+
+def test_nothing_flows_from_later_tokens_or_other_segments():
+  segments_BL = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0, 0]])
+  for query, sees in ((1, [0, 1]), (2, [0, 1, 2]), (3, [3]), (5, [3, 4, 5]), (6, [3, 4, 5, 6])):
+    grad_L = input_gradient(causal_mask, query, segments_BL)
+    assert np.flatnonzero(grad_L).tolist() == sees, query
+    assert grad_L[sees].min() > 1e-4
+
+
+def test_the_gradient_finds_a_mask_that_lets_the_future_or_the_neighbour_through():
+  segments_BL = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0, 0]])
+  future = lambda segments_BL: segments_BL[:, :, None] == segments_BL[:, None, :]
+  neighbour = lambda segments_BL: jnp.tril(jnp.ones((1, 9, 9), bool))
+  assert 5 in np.flatnonzero(input_gradient(future, 4, segments_BL))
+  assert 2 in np.flatnonzero(input_gradient(neighbour, 4, segments_BL))
+
+
+def test_the_mask_of_a_packed_row_as_a_picture():
+  expected = np.array([
+      [1, 0, 0, 0, 0],
+      [1, 1, 0, 0, 0],
+      [0, 0, 1, 0, 0],
+      [0, 0, 0, 1, 0],
+      [0, 0, 0, 1, 1]], bool)
+  np.testing.assert_array_equal(causal_mask(jnp.array([[1, 1, 2, 0, 0]]))[0], expected)
+
+
+def test_packed_segments_have_the_hidden_states_that_they_have_alone():
+  decoder, params = initial(CONFIG)
+  lengths = (4, 1, 6)
+  parts = [row(length, seed) for seed, length in enumerate(lengths)]
+  tokens = jnp.concatenate([*(part[0] for part in parts), jnp.full((1, 3), 7)], axis=1)
+  segments = jnp.asarray(np.repeat([1, 2, 3, 0], [*lengths, 3]))[None]
+  positions = jnp.concatenate([*(part[2] for part in parts), jnp.zeros((1, 3), jnp.int32)], axis=1)
+  packed = hidden(decoder, params, tokens, segments, positions)
+  alone = jnp.concatenate([hidden(decoder, params, *part) for part in parts], axis=1)
+  close(packed[:, :11], alone)
+  assert np.isfinite(packed).all()
+  with pytest.raises(AssertionError):  # mutant: all of it one segment
+    close(hidden(decoder, params, tokens, jnp.ones_like(segments), positions)[:, :11], alone)
+
+
+# Rotary positions.
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+  q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+  score = lambda i, j: jnp.sum(rotate(q, jnp.array([[i]]), 100.0) * rotate(k, jnp.array([[j]]), 100.0))
+  for shift in (1, 5, 40):
+    np.testing.assert_allclose(score(7 + shift, 3 + shift), score(7, 3), rtol=1e-4)
+  assert abs(score(7, 3) - score(7, 4)) > 1e-2
+  np.testing.assert_allclose(rotate(q, jnp.array([[0]]), 100.0), q)
+
+
+def test_moving_a_whole_segment_changes_nothing_and_moving_half_of_it_does():
+  decoder, params = initial(CONFIG)
+  tokens, segments, positions = row(8)
+  expected = hidden(decoder, params, tokens, segments, positions)
+  close(hidden(decoder, params, tokens, segments, positions + 11), expected)
+  with pytest.raises(AssertionError):
+    close(hidden(decoder, params, tokens, segments, jnp.where(positions > 3, positions + 11, positions)), expected)
+
+
+# One computation in three guises, and the tree of parameters.
+
+
+def test_layers_are_an_axis_of_the_parameters_and_every_axis_is_named():
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  params = Decoder(CONFIG).init(jax.random.key(0), tokens, tokens, tokens)['params']
+  boxes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+  assert all(isinstance(box, nn.LogicallyPartitioned) and len(box.names) == box.value.ndim for box in boxes)
+  layers = jax.tree.leaves(params['layers'], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+  assert {box.names[0] for box in layers} == {'layers'} and {len(box.value) for box in layers} == {CONFIG.n_layers}
+  assert not np.allclose(layers[0].value[0], layers[0].value[1]) or layers[0].names[-1] == 'norm'
+  query_LDHK = nn.meta.unbox(params)['layers']['attention']['query']
+  assert query_LDHK.shape == (3, 16, 4, 8) and not np.allclose(query_LDHK[0], query_LDHK[1])
+
+
+def test_prefill_is_the_forward_pass_and_keeps_keys_and_values_of_all_layers():
+  decoder, params = initial(CONFIG)
+  inputs = row(7)
+  states, cache = hidden(decoder, params, *inputs, method='prefill')
+  close(states, hidden(decoder, params, *inputs))
+  assert cache.keys.shape == cache.values.shape == (3, 1, 7, 2, 8)
+  y_BLD = np.asarray(params['embedding'])[np.asarray(inputs[0])]
+  y_BLD = y_BLD / np.sqrt((y_BLD**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
+  y_BLD = y_BLD * np.asarray(params['layers']['attention_norm']['scale'][0])
+  close(cache.values[0], np.einsum('bld,dgk->blgk', y_BLD, params['layers']['attention']['value'][0]))
+
+
+def test_empty_suffix_has_a_place_for_each_step():
+  suffix = Decoder(CONFIG).apply({'params': initial(CONFIG)[1]}, 2, 5, 6, method='empty_suffix')
+  assert suffix.keys.shape == (3, 2, 5, 6, 2, 8) and not suffix.keys.any()
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_the_head_is_the_embedding_or_its_own(tied):
+  config = dataclasses.replace(CONFIG, tied_head=tied)
+  decoder, params = initial(config)
+  assert ('head' in params) != tied
+  states = hidden(decoder, params, *row(5))
+  logits = hidden(decoder, params, states, method='logits')
+  table = params['embedding' if tied else 'head']
+  close(logits, np.einsum('bld,vd->blv', states, table))
+  assert logits.dtype == jnp.float32
+  if not tied:
+    with pytest.raises(AssertionError):
+      close(logits, np.einsum('bld,vd->blv', states, params['embedding']))
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_rematerialised_gradients_are_the_plain_ones(remat):
+  inputs = row(8)
+  def gradient(config):
+    decoder, params = initial(config)
+    loss = lambda params: jnp.mean(hidden(decoder, params, *inputs, train=True) ** 3)
+    return jax.grad(loss)(params), str(jax.make_jaxpr(jax.grad(loss))(params))
+  plain, plain_program = gradient(CONFIG)
+  rematerialised, program = gradient(dataclasses.replace(CONFIG, remat=remat))
+  jax.tree.map(close, rematerialised, plain)
+  assert 'remat' in program and 'remat' not in plain_program
+
+
+def test_dropout_acts_in_training_alone():
+  decoder, params = initial(dataclasses.replace(CONFIG, dropout=0.5))
+  inputs = row(6)
+  expected = hidden(initial(CONFIG)[0], params, *inputs)
+  close(hidden(decoder, params, *inputs), expected)
+  train = lambda seed: hidden(decoder, params, *inputs, train=True, rngs={'dropout': jax.random.key(seed)})
+  np.testing.assert_array_equal(train(1), train(1))
+  for other in (expected, train(2)):
+    assert not np.allclose(train(1), other, rtol=1e-2)
+
+
+def test_bfloat16_is_close_to_float32():
+  inputs = row(12)
+  decoder, params = initial(CONFIG, scale=1.0)
+  half = Decoder(dataclasses.replace(CONFIG, dtype='bfloat16'))
+  states = hidden(half, params, *inputs)
+  assert states.dtype == jnp.bfloat16 and hidden(half, params, states, method='logits').dtype == jnp.float32
+  expected = np.asarray(hidden(decoder, params, *inputs))
+  error = np.abs(np.asarray(states, np.float32) - expected).max() / np.abs(expected).max()
+  assert 1e-5 < error < 0.05  # bfloat16 has 8 bits: 2**-8 a rounding
+
+
+@pytest.mark.parametrize('wrong, named', [
+    ({'n_heads': 4, 'n_kv_heads': 3}, 'decoder.n_kv_heads'), ({'head_dim': 7}, 'decoder.head_dim'),
+    ({'remat': 'some'}, 'decoder.remat'), ({'dtype': 'float16'}, 'decoder.dtype')])
+def test_a_shape_that_cannot_be_is_refused(wrong, named):
+  with pytest.raises(UserError, match=named):
+    DecoderConfig(vocab_size=8, **wrong)
