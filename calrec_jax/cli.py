@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return 0
 
 
+def _import_tensorflow() -> None:
+  """Imports what SeqIO will need, without the lines that TensorFlow's C++ writes to stderr before it reads any log level."""
+  with tempfile.TemporaryFile() as unread:
+    stderr = os.dup(2)
+    os.dup2(unread.fileno(), 2)
+    try:
+      import seqio  # noqa: F401
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)
+
+
 Outcome = tuple[Any, str]  # what --json prints, what is printed else
 
 
@@ -79,6 +92,7 @@ def _prepare_histories(options: argparse.Namespace) -> Outcome:
 
 
 def _vocabulary(options: argparse.Namespace) -> Outcome:
+  _import_tensorflow()
   from calrec_jax.data import histories
   from calrec_jax.text import vocabularies
   from calrec_jax.text.templates import FIELDS, ItemTemplate
@@ -97,11 +111,14 @@ def _configured(verb: str) -> Callable[[argparse.Namespace], Any]:
   def run(options: argparse.Namespace) -> Any:
     if not options.gin_file:
       raise UserError(f'`calrec {verb}` needs --gin_file; see `calrec {verb} --help`.')
+    if os.environ.get('CALREC_DISTRIBUTED') == '1':  # one of several workers, each with some of the devices
+      import jax
+      jax.distributed.initialize()
+    _import_tensorflow()
     from calrec_jax import configurables
-    import gin
     configurables.parse(options.gin_file, options.gin_search_paths.split(',') if options.gin_search_paths else [],
                         options.bindings)
-    return configurables.call(verb)(gin_text=gin.operative_config_str)
+    return configurables.run(verb)
   return run
 
 
@@ -149,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
                '      --name gift_cards --out data/gift_cards')
   verb.add_argument('--reviews', nargs='+', required=True, metavar='FILE', help='review dumps, gzipped JSON lines')
   verb.add_argument('--meta', nargs='+', default=[], metavar='FILE', help='metadata dumps')
-  verb.add_argument('--min_count', type=int, default=5, help='k of the k-core: events of each user and item (default %(default)s)')
+  verb.add_argument('--min_count', type=int, default=5, help='k of the k-core, users and items (default %(default)s)')
   _prepared(verb)
   verb = _verb(kinds, 'histories', _prepare_histories, 'ready sequences of items, one line a user',
                'calrec prepare histories --sequences sequences.jsonl.gz --items items.jsonl.gz \\\n'

@@ -7,7 +7,9 @@ import difflib
 import pathlib
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import absl.logging
 import gin
 
 from calrec_jax import runs
@@ -42,6 +44,7 @@ def search_paths() -> list[str]:
 
 def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> None:
   """Reads gin files in turn, then bindings (`NAME=VALUE`). Raises UserError for anything that does not apply."""
+  absl.logging.set_verbosity(absl.logging.ERROR)  # gin tells of every folder in which a file is not
   gin.clear_config()
   # gin keeps search paths for the life of the process; ours are of this call.
   gin.config._LOCATION_PREFIXES[:] = [*paths, *search_paths()]
@@ -52,9 +55,9 @@ def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str
   _check_macros()
 
 
-def call(name: str) -> Callable:
-  """The configured function."""
-  return gin.get_configurable(f'calrec.{name}')
+def run(name: str) -> Any:
+  """Calls the configured function; it can ask for the operative configuration, for the record."""
+  return gin.get_configurable(f'calrec.{name}')(gin_text=gin.operative_config_str)
 
 
 def _parse(read: Callable[[], object], where: str) -> None:
@@ -87,8 +90,8 @@ def _check_macros() -> None:
           if reference.config_key[1] == 'gin.macro'}
   for name in sorted(bound.keys() - read):
     raise UserError(f'{name} is set, but nothing reads it{_suggestion(name, read)}; this run reads {", ".join(sorted(read))}.')
-  for name in sorted(read):
-    if name not in bound:
-      raise UserError(f'{name} is read, but nothing sets it; add --gin.{name}=VALUE.')
-    if bound[name] is gin.REQUIRED or getattr(bound[name], 'config_key', ('', ''))[1] == 'gin.REQUIRED':
-      raise UserError(f'{name} is required; add --gin.{name}=VALUE (a text in quotes: --gin.{name}=\'"..."\').')
+  required = ('gin.REQUIRED', 'gin.constant')
+  missing = sorted(name for name in read if name not in bound or getattr(bound[name], 'config_key', None) == required)
+  if missing:
+    raise UserError(f'{", ".join(missing)}: required; add --gin.{missing[0]}=VALUE (a text has quotes of its own: '
+                    f'--gin.{missing[0]}=\'"..."\').')

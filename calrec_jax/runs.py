@@ -74,12 +74,14 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
       identity=f'{found.model_dir.name} step {found.step} {found.description["data"]}',
       max_prefix_length=lengths['inputs'], max_item_tokens=lengths['targets'])
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
-                   data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint, template=found.description['template'])
+                   data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
+                   template=found.description['template'])
   return report
 
 
 def rank(*, data_dir: str, task_name: str, template: ItemTemplate, out: str, generations: str | None = None,
-         store: str | None = None, evaluate: Callable[..., dict] = evaluate, gin_text: Callable[[], str] = str) -> dict[str, Any]:
+         store: str | None = None, evaluate: Callable[..., dict] = evaluate,
+         gin_text: Callable[[], str] = str) -> dict[str, Any]:
   """Ranks the whole catalogue for every user and judges the rankings, into the folder `out`.
 
   Args:

@@ -198,7 +198,8 @@ class Block(nn.Module):
   train: bool
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, caches: tuple[Cache, Cache] | None, where: Whole | Step) -> tuple[jax.Array, Cache | None]:
+  def __call__(self, x_BLD: jax.Array, caches: tuple[Cache, Cache] | None,
+               where: Whole | Step) -> tuple[jax.Array, Cache | None]:
     c = self.config
     drop = nn.Dropout(c.dropout, deterministic=not self.train)
     y_BLD, cache = Attention(c, name='attention')(RMSNorm(c.norm_eps, name='attention_norm')(x_BLD), caches, where)
@@ -243,7 +244,8 @@ class Decoder(nn.Module):
     x_BLD, cache = self._layers(keep_cache, train)(x_BLD, caches, where)
     return self.final_norm(x_BLD), cache
 
-  def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array, *, train: bool = False) -> jax.Array:
+  def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array, *,
+               train: bool = False) -> jax.Array:
     """Hidden states [B, L, D] after the final norm. Tokens of one segment see each other, causally, and nothing else."""
     return self._hidden(tokens_BL, None, Whole(positions_BL, causal_mask(segments_BL)), False, train)[0]
 

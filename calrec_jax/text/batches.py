@@ -1,8 +1,8 @@
 """The plan of batches: which excerpts make up step s, as a function of (data, seed, s) alone.
 
 Excerpts stream from each source in one seeded permutation after the other; a *window* is a fixed number of tokens of these
-streams, shared out by the sources' rates, and makes a fixed number of steps: so any step can be sought without planning
-those before it, and any process can build its own rows of it. Within a window excerpts are packed as full as they allow, and the rows
+streams, shared out by the sources' rates, and makes a fixed number of steps: so any step can be sought without planning those
+before it, and any process can build its own rows of it. Within a window excerpts are packed as full as they allow, and the rows
 are dealt to steps so that every step has about the same number of target texts, each of which is encoded alone once a step.
 """
 
@@ -77,7 +77,7 @@ def _alone_size(corpus: Corpus, steps: list[list[np.ndarray]], cut: Excerpts, n_
   if alone_length and alone_length < longest:
     raise UserError(f"rows.alone_length = {alone_length}: an item's text has {longest} tokens; raise it, or lower "
                     "TASK_FEATURE_LENGTHS' 'targets', which caps an item.")
-  M = alone_length or _round_up(max([longest, *(l.sum() / n_rows for l in lengths)]))
+  M = alone_length or _round_up(max([longest, *(tokens.sum() / n_rows for tokens in lengths)]))
   while True:
     packed = [_pack_texts(corpus, t, M, alone_slots or M) for t in texts]
     if alone_length or max(map(len, packed), default=0) <= n_rows:

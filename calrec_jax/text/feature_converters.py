@@ -74,11 +74,11 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     alone_tokens   [7 8 9 0]
     alone_segments [1 1 2 0]
     alone_positions [0 1 0 0]
-    slot_texts     [@1 @2]
+    slot_texts     [591453634 1708426696]
     span_segments  [1 2]
     span_items     [3 2]
     span_slots     [0 1]
-    span_texts     [@1 @2]
+    span_texts     [591453634 1708426696]
 
   `rows.py` says what each of them is. A history longer than a row keeps its newest whole items. A Task that is read with
   `sequence_length` (`seqio.get_dataset` does so) is already cut to 'inputs' tokens, and its target to one less than
@@ -146,12 +146,12 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
       self.report.update({'histories': len(cut), 'histories_cut': cut.cut['histories_cut'],
                           'context_items_cut': cut.cut['context_items_cut'], **corpus.cut})
       targets = corpus.text_ids[cut.stops - 1]
-      for row in self._pack(corpus, cut, shapes):
+      for row in self._packed(corpus, cut, shapes):
         layout = BatchLayout([row], [np.unique(targets[row])])
         arrays = {name: array[0] for name, array in build_rows(corpus, cut, layout, shapes).items()}
         yield arrays | {name: identities[arrays[name]] for name in ('slot_texts', 'span_texts')}
 
-  def _pack(self, corpus: Corpus, cut: Excerpts, shapes: Shapes) -> list[np.ndarray]:
+  def _packed(self, corpus: Corpus, cut: Excerpts, shapes: Shapes) -> list[np.ndarray]:
     """The excerpts of each row; none has more target tokens than its alone part holds, equal texts counted each."""
     if not self.pack:
       return [np.array([number]) for number in range(len(cut))]

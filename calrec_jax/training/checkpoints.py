@@ -116,8 +116,8 @@ def check_fits(found: Found, *, decoder: DecoderConfig, vocabulary: str, templat
     raise UserError(f'{where}: a checkpoint of another model shape ({"; ".join(differ)}); bind the gin/models file that it was '
                     'trained with.')
   if found.description['vocabulary'] != vocabulary:
-    raise UserError(f'{where}: trained with another vocabulary ({found.description["vocabulary"][:12]} there, {vocabulary[:12]} '
-                    f'here); set VOCABULARY to {found.vocabulary_path}.')
+    raise UserError(f'{where}: trained with another vocabulary ({found.description["vocabulary"][:12]} there, '
+                    f'{vocabulary[:12]} here); set VOCABULARY to {found.vocabulary_path}.')
   if found.description['template'] != template:
     raise UserError(f'{where}: trained with other item texts ({found.description["template"]} there, {template} here); set '
                     'text.fields and text.unknown as there.')

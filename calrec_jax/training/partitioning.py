@@ -75,11 +75,12 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
   """Raises UserError unless rows divide evenly over the data-parallel devices."""
   parts = mesh.shape['data'] * mesh.shape['fsdp']
   if batch_size < 1 or batch_size % parts:
-    raise UserError(f'BATCH_SIZE = {batch_size} rows do not divide over {parts} data-parallel devices (mesh {dict(mesh.shape)}); '
-                    f'choose a multiple of {parts}.')
+    raise UserError(f'BATCH_SIZE = {batch_size} rows do not divide over {parts} data-parallel devices (mesh '
+                    f'{dict(mesh.shape)}); choose a multiple of {parts}.')
 
 
-def global_batch(build: Callable[[slice], dict[str, np.ndarray]], batch_size: int, sharding: NamedSharding) -> dict[str, jax.Array]:
+def global_batch(build: Callable[[slice], dict[str, np.ndarray]], batch_size: int,
+                 sharding: NamedSharding) -> dict[str, jax.Array]:
   """One global batch, of which this process builds only the rows of its own devices.
 
   Args:

@@ -144,8 +144,8 @@ def with_vocabulary(decoder: DecoderConfig, inputs: Inputs) -> DecoderConfig:
   if decoder.vocab_size is None:
     return dataclasses.replace(decoder, vocab_size=-(-size // 128) * 128)
   if decoder.vocab_size < size:
-    raise UserError(f'decoder.vocab_size = {decoder.vocab_size} is below the {size} ids of the vocabulary; leave it out, or raise '
-                    'it.')
+    raise UserError(f'decoder.vocab_size = {decoder.vocab_size} is below the {size} ids of the vocabulary; leave it out, or '
+                    'raise it.')
   return decoder
 
 
@@ -221,7 +221,7 @@ def _open_run(model_dir: str, inputs: Inputs, keep: int) -> checkpoints.Checkpoi
 
 def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainState], shardings: TrainState,
                       initial_checkpoint: str | None, decoder: DecoderConfig, description: dict[str, Any]) -> TrainState:
-  """The state to go on from: 1. the newest checkpoint of this run; 2. the weights of `initial_checkpoint`; 3. random weights."""
+  """The state to go on from: this run's newest checkpoint, else the weights of `initial_checkpoint`, else random weights."""
   expected = {'decoder': decoder, 'vocabulary': description['vocabulary'], 'template': description['template']}
   target = jax.eval_shape(make_state)
   abstract_params = checkpoints.abstract(target.params, shardings.params)

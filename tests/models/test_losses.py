@@ -26,7 +26,8 @@ def vectors(seed=0, n=E):
 
 def brute_force(context_ED, target_ED, text_E, history_E, objective):
   """InfoNCE in float64, one span after the other."""
-  c, t = (x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (context_ED, target_ED))
+  c, t = (x.astype(np.float64) for x in (context_ED, target_ED))
+  c, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (c, t))
 
   def one(anchor, others, e):
     total = 0.0
@@ -83,14 +84,15 @@ def test_equal_vectors_cost_the_log_of_their_number(direction, n):
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_permuting_spans_permutes_the_loss(objective):
-  (context_ED, target_ED), order = vectors(), np.random.default_rng(1).permutation(E)
-  loss = lambda order: info_nce(context_ED[order], target_ED[order], TEXTS[order], HISTORIES[order], objective=objective)
+  arrays, order = (*vectors(), TEXTS, HISTORIES), np.random.default_rng(1).permutation(E)
+  loss = lambda order: info_nce(*(array[order] for array in arrays), objective=objective)
   np.testing.assert_allclose(loss(order), loss(np.arange(E))[order], rtol=1e-5, atol=1e-6)
 
 
 def check_twin_gets_no_gradient(objective):
   context_ED, target_ED = vectors(n=4)
-  first_nll = lambda target_ED: info_nce(context_ED, target_ED, jnp.array([7, 5, 7, 2]), jnp.arange(4), objective=objective)[0]
+  text_E, history_E = jnp.array([7, 5, 7, 2]), jnp.arange(4)
+  first_nll = lambda target_ED: info_nce(context_ED, target_ED, text_E, history_E, objective=objective)[0]
   grad_ED = jax.grad(first_nll)(target_ED)
   np.testing.assert_array_equal(grad_ED[2], 0)
   assert np.abs(grad_ED[1]).max() > 1e-3
@@ -108,7 +110,8 @@ def test_empty_slots_cost_nothing_and_change_nothing(objective):
   total = lambda c, t, texts, histories: info_nce(c, t, texts, histories, objective=objective)
   nll_E = total(context_ED, target_ED, TEXTS, HISTORIES)
   np.testing.assert_array_equal(nll_E[~USED], 0)
-  np.testing.assert_allclose(nll_E[USED], total(context_ED[USED], target_ED[USED], TEXTS[USED], HISTORIES[USED]), rtol=1e-5)
+  np.testing.assert_allclose(
+      nll_E[USED], total(context_ED[USED], target_ED[USED], TEXTS[USED], HISTORIES[USED]), rtol=1e-5)
   grads = jax.grad(lambda c, t: total(c, t, TEXTS, HISTORIES).sum(), argnums=(0, 1))(context_ED, target_ED)
   for grad_ED in grads:
     assert np.isfinite(grad_ED).all() and np.abs(grad_ED[USED]).max() > 1e-3
@@ -127,9 +130,10 @@ def test_zero_vectors_have_finite_gradients(objective):
 
 
 def test_no_span_at_all():
-  nll_E, grad_ED = jax.value_and_grad(lambda c: info_nce(c, c, jnp.zeros(3, int), jnp.zeros(3, int), objective=Objective()
-                                                         ).sum())(jnp.zeros((3, 2)))
-  assert nll_E == 0 and (grad_ED == 0).all()
+  empty_E = jnp.zeros(3, int)
+  total = lambda context_ED: info_nce(context_ED, context_ED, empty_E, empty_E, objective=Objective()).sum()
+  nll, grad_ED = jax.value_and_grad(total)(jnp.zeros((3, 2)))
+  assert nll == 0 and (grad_ED == 0).all()
 
 
 def test_unit_vectors():
@@ -151,7 +155,8 @@ def test_the_directions_are_transposed_problems():
 
 def test_one_history_has_no_negatives_of_its_own():
   context_ED, target_ED = vectors(n=3)
-  nll_E = info_nce(context_ED, target_ED, np.array([1, 2, 3]), np.zeros(3, int), objective=Objective(mask_same_history=True))
+  objective = Objective(mask_same_history=True)
+  nll_E = info_nce(context_ED, target_ED, np.array([1, 2, 3]), np.zeros(3, int), objective=objective)
   np.testing.assert_allclose(nll_E, 0, atol=1e-6)
 
 
@@ -162,7 +167,8 @@ def test_token_losses_are_cross_entropies():
   np.testing.assert_allclose(nll_BQ, optax.softmax_cross_entropy_with_integer_labels(logits_BQV, labels_BQ), rtol=1e-5,
                              atol=1e-6)
   log_softmax = logits_BQV - np.log(np.exp(logits_BQV.astype(np.float64)).sum(-1, keepdims=True))
-  np.testing.assert_allclose(nll_BQ, -np.take_along_axis(log_softmax, labels_BQ[..., None], -1)[..., 0], rtol=1e-5, atol=1e-5)
+  picked_BQ = np.take_along_axis(log_softmax, labels_BQ[..., None], -1)[..., 0]
+  np.testing.assert_allclose(nll_BQ, -picked_BQ, rtol=1e-5, atol=1e-5)
 
 
 def test_weighted_mean_is_over_the_whole_array():
@@ -178,7 +184,8 @@ def test_the_terms_are_weighted():
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(alpha=-0.1), 'alpha'), (dict(alpha=0.8, beta=0.3), 'their sum at most 1'), (dict(temperature=0), 'temperature'),
+    (dict(alpha=-0.1), 'alpha'), (dict(alpha=0.8, beta=0.3), 'their sum at most 1'),
+    (dict(temperature=0), 'temperature'),
     (dict(direction='both'), "'both': choose one of")])
 def test_bad_options(options, message):
   with pytest.raises(UserError, match=message):

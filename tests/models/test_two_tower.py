@@ -1,4 +1,4 @@
-"""Laws 1 and 2: packed = unpacked, and one pass = prefixes written out; and what padding, chunks and later tokens may not move."""
+"""Laws 1 and 2: packed = unpacked, one pass = prefixes written out; padding, chunks and later tokens move nothing."""
 
 import dataclasses
 import functools
@@ -42,9 +42,11 @@ class Batch:
 
   def span_keys(self) -> dict[tuple[int, int], tuple[int, int]]:
     """(user, number of the target) -> (row, span)."""
-    a = self.arrays
-    return {(int(self.cut.users[self.layout.rows[row][a['span_segments'][row, span] - 1]]), int(a['span_items'][row, span])):
-            (row, span) for row, span in zip(*np.nonzero(a['span_texts']), strict=True)}
+    a, keys = self.arrays, {}
+    for row, span in zip(*np.nonzero(a['span_texts']), strict=True):
+      excerpt = self.layout.rows[row][a['span_segments'][row, span] - 1]
+      keys[int(self.cut.users[excerpt]), int(a['span_items'][row, span])] = (row, span)
+    return keys
 
   def change(self, **arrays) -> 'Batch':
     return dataclasses.replace(self, arrays=self.arrays | arrays)
@@ -99,7 +101,8 @@ def check(actual: Result, expected: Result):
 
 def one_batch(corpus: Corpus, *, length=48, batch_size=3, targets='all', context_items=2) -> Batch:
   """All of a corpus, packed."""
-  one = OnePass(corpus, batch_size=batch_size, length=length, options=RowOptions(targets=targets, context_items=context_items))
+  options = RowOptions(targets=targets, context_items=context_items)
+  one = OnePass(corpus, batch_size=batch_size, length=length, options=options)
   assert len(one) == 1
   return Batch(one.batch(0), one.layouts[0], one.excerpts)
 
@@ -152,7 +155,8 @@ def _positions_not_restarted(monkeypatch, batch):
 
 def _local_denominator(monkeypatch, batch):
   whole = losses.weighted_mean
-  by_row = lambda x, w: jnp.mean(jnp.stack([whole(x[row], w[row]) for row in range(len(x))])) if x.ndim == 2 else whole(x, w)
+  def by_row(x, w):
+    return jnp.mean(jnp.stack([whole(x[row], w[row]) for row in range(len(x))])) if x.ndim == 2 else whole(x, w)
   monkeypatch.setattr(losses, 'weighted_mean', by_row)
   return batch
 
@@ -266,10 +270,11 @@ def _plain(tokens_L, bos):
 
 @pytest.mark.parametrize('bos', [False, True])
 def test_a_span_by_hand(bos):
-  corpus = random_corpus(7, users=4, items=6, longest_item=3, lengths=(3, 6), bos=BOS if bos else None, following=(3, 4))
+  corpus = random_corpus(7, users=4, items=6, longest_item=3, lengths=(3, 6), bos=BOS if bos else None,
+                         following=(3, 4))
   batch = one_batch(corpus, batch_size=2, targets='last')
-  result, nll = run(batch, bos=bos), []
-  item = lambda event: corpus.bank[corpus.item_starts[corpus.events[event]]:][:corpus.item_lengths[corpus.events[event]]]
+  result, nll, event_items = run(batch, bos=bos), [], corpus.events
+  item = lambda event: corpus.bank[corpus.item_starts[event_items[event]]:][:corpus.item_lengths[event_items[event]]]
   assert len(result.towers) == 4
   for user, number in result.towers:
     low, last = corpus.offsets[user], corpus.offsets[user] + number - 1
@@ -286,7 +291,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
   batch = one_batch(packing_corpus(False))
   for objective in (Objective(), Objective(alpha=0.4, beta=0.6)):
     terms = run(batch, objective=objective).terms
-    expected = (1 - objective.alpha - objective.beta) * terms['nig'] + objective.alpha * terms['tt'] + objective.beta * terms['ut']
+    a, b = objective.alpha, objective.beta
+    expected = (1 - a - b) * terms['nig'] + a * terms['tt'] + b * terms['ut']
     np.testing.assert_allclose(terms['loss'], expected, rtol=1e-6)
     assert terms['target_tokens'] == batch.cut.losses.sum() and terms['spans'] == len(batch.span_keys())
     assert terms['tokens'] == batch.cut.tokens.sum() + (batch.arrays['alone_segments'] > 0).sum()
@@ -312,7 +318,8 @@ def check_sum_of_passes(batch: Batch, towers=two_tower.towers):
     hidden, nig = model.apply({'params': joint_params}, method=lambda m: (
         pass_of(m, ''), m.generation_loss(pass_of(m, ''), a)))
     alone = model.apply({'params': alone_params}, method=lambda m: pass_of(m, 'alone_'))
-    return EQUAL_WEIGHTS.total(nig, *two_tower.contrastive_losses(towers(hidden, alone, a, bos=False), a, EQUAL_WEIGHTS))
+    tt, ut = two_tower.contrastive_losses(towers(hidden, alone, a, bos=False), a, EQUAL_WEIGHTS)
+    return EQUAL_WEIGHTS.total(nig, tt, ut)
 
   joint, alone = apart_grads(params(), params())
   jax.tree.map(lambda total, one, other: close(one + other, total), whole, joint, alone)
@@ -322,7 +329,7 @@ def check_sum_of_passes(batch: Batch, towers=two_tower.towers):
 def test_the_gradient_is_the_sum_of_both_passes():
   batch = one_batch(packing_corpus(False))
   check_sum_of_passes(batch)
-  stopped = lambda hidden, alone, *args, **kwargs: two_tower.towers(hidden, jax.lax.stop_gradient(alone), *args, **kwargs)
+  stopped = lambda hidden, alone, batch, bos: two_tower.towers(hidden, jax.lax.stop_gradient(alone), batch, bos=bos)
   with pytest.raises(AssertionError):
     check_sum_of_passes(batch, towers=stopped)
 
@@ -336,7 +343,8 @@ def padded(batch: Batch, corpus: Corpus, seed=0) -> Batch:
   B, L, S = *a['tokens'].shape, a['slot_texts'].shape[1]
   shapes = Shapes(B=B + 2, L=L + 8, M=a['alone_tokens'].shape[1] + 8, Q=a['loss_positions'].shape[1] + 3,
                   E=a['span_texts'].shape[1] + 2, S=S + 1)
-  layout = BatchLayout([*batch.layout.rows, *[np.zeros(0, int)] * 2], [*batch.layout.alone_rows, *[np.zeros(0, int)] * 2])
+  empty_rows = [np.zeros(0, int)] * 2
+  layout = BatchLayout(batch.layout.rows + empty_rows, batch.layout.alone_rows + empty_rows)
   arrays = build_rows(corpus, batch.cut, layout, shapes)
   for name, segments in (('tokens', 'segments'), ('labels', 'segments'), ('alone_tokens', 'alone_segments')):
     rubbish = rng.integers(0, CONFIG.vocab_size, arrays[name].shape)

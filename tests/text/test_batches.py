@@ -53,9 +53,9 @@ class _OneGenerator(BatchPlan):
 
 
 def test_a_plan_with_a_memory_fails():
-  options = RowOptions(window_steps=WINDOW)
+  options, corpus = RowOptions(window_steps=WINDOW), random_corpus(0, users=60)
   with pytest.raises(AssertionError):
-    check_function_of_step(lambda: _OneGenerator(random_corpus(0, users=60), batch_size=3, length=48, options=options, seed=3))
+    check_function_of_step(lambda: _OneGenerator(corpus, batch_size=3, length=48, options=options, seed=3))
 
 
 def test_another_seed_gives_other_batches():
@@ -84,8 +84,8 @@ def test_every_excerpt_once_an_epoch(targets):
 
 def test_drawing_with_replacement_fails(monkeypatch):
   a_plan = plan(random_corpus(1, users=70))
-  draw = a_plan._draw
-  monkeypatch.setattr(a_plan, '_draw', lambda w: np.random.default_rng(w).choice(len(a_plan.excerpts), len(draw(w)) - 3))
+  draw, n = a_plan._draw, len(a_plan.excerpts)
+  monkeypatch.setattr(a_plan, '_draw', lambda w: np.random.default_rng(w).choice(n, len(draw(w)) - 3))
   a_plan._window.cache_clear()
   with pytest.raises(AssertionError):
     check_every_excerpt_once_an_epoch(a_plan, 10)
@@ -236,7 +236,8 @@ def test_one_pass_holds_every_excerpt_once(targets):
 
 
 def test_one_pass_of_a_few_histories():
-  one_pass = OnePass(random_corpus(4, users=40), batch_size=4, length=48, options=RowOptions(targets='last'), max_histories=7)
+  options = RowOptions(targets='last')
+  one_pass = OnePass(random_corpus(4, users=40), batch_size=4, length=48, options=options, max_histories=7)
   check_one_pass(one_pass, 7)
 
 

@@ -43,8 +43,8 @@ def columns(cut):
 
 def spans(corpus):
   """(user, first event, end) of each history that has a target."""
-  return [(user, low, high) for user, (low, high) in enumerate(zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True))
-          if high - low >= 2]
+  ends = zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
+  return [(user, low, high) for user, (low, high) in enumerate(ends) if high - low >= 2]
 
 
 def check_last(corpus, L, cut):
@@ -163,8 +163,10 @@ def test_splits_hide_the_newest_events():
 
 
 def test_sources_share_texts_and_number_items_apart():
-  sources = [toy_source([[7, 8], [9]], [[0, 1]], name='a'), toy_source([[9], [5], [7, 8]], [[2, 1], [0, 0]], name='b', rate=2)]
-  corpus = build_corpus(sources, template=ItemTemplate(), vocabulary=toy_vocabulary(bos=4), split='test', max_item_tokens=9)
+  sources = [toy_source([[7, 8], [9]], [[0, 1]], name='a'),
+             toy_source([[9], [5], [7, 8]], [[2, 1], [0, 0]], name='b', rate=2)]
+  corpus = build_corpus(sources, template=ItemTemplate(), vocabulary=toy_vocabulary(bos=4), split='test',
+                        max_item_tokens=9)
   assert corpus.events.tolist() == [0, 1, 4, 3, 2, 2]
   assert corpus.text_ids.tolist() == [1, 2, 2, 3, 1]
   assert corpus.user_ids == ['a0', 'b0', 'b1'] and corpus.user_sources.tolist() == [0, 1, 1]

@@ -37,7 +37,7 @@ def test_the_numbers_of_the_docstring():
   expected = documented()
   shapes = Shapes(B=1, L=16, M=4, Q=8, E=3, S=2).features()
   assert set(expected) == set(shapes)
-  assert {name: (1, len(numbers)) for name, numbers in expected.items()} == {n: shape for n, (shape, _) in shapes.items()}
+  assert {n: (1, len(numbers)) for n, numbers in expected.items()} == {n: shape for n, (shape, _) in shapes.items()}
   check(example(), expected)
 
 
