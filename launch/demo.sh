@@ -37,8 +37,8 @@ venv=${CALREC_VENV:-$PWD/.venv}
 launch/install.sh "$venv"
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
 
-users=1200 items=250 stage1_steps=600 stage2_steps=300 samples=32
-if $quick; then users=300 items=60 stage1_steps=4 stage2_steps=4 samples=4; fi
+users=600 items=250 stage1_steps=250 stage2_steps=200 samples=32
+if $quick; then users=200 items=60 stage1_steps=4 stage2_steps=4 samples=4; fi
 
 step() { printf '\n== %s\n' "$1" >&2; }
 calrec() { "$venv/bin/calrec" "$@"; }
@@ -59,19 +59,21 @@ step "A tokenizer, trained on the catalogues' text"
 calrec vocabulary --data "${folders[@]}" --size 1024 --out "$out/vocabulary.json"
 
 data=(--gin.DATA_DIR="'$out/data'")
-training=(--gin_file=gin/models/tiny.gin "${data[@]}" --gin.VOCABULARY="'$out/vocabulary.json'")
+training=(--gin_file=gin/models/tiny.gin "${data[@]}" --gin.VOCABULARY="'$out/vocabulary.json'" --gin.decoder.n_layers=2
+  --gin.BATCH_SIZE=16 --gin.TASK_FEATURE_LENGTHS="{'inputs': 160, 'targets': 32}" --gin.optimizer.warmup_steps=20)
 
 step 'Stage I: all categories'
-calrec train "${training[@]}" --gin_file=gin/runs/stage1.gin --gin.TRAIN_STEPS=$stage1_steps \
+calrec train "${training[@]}" --gin_file=gin/runs/stage1.gin --gin.TRAIN_STEPS=$stage1_steps --gin.LEARNING_RATE=4e-3 \
   --gin.MODEL_DIR="'$out/stage1'"
 
 step "Stage II: $target"
-calrec train "${training[@]}" --gin_file=gin/runs/stage2.gin --gin.TRAIN_STEPS=$stage2_steps \
+calrec train "${training[@]}" --gin_file=gin/runs/stage2.gin --gin.TRAIN_STEPS=$stage2_steps --gin.LEARNING_RATE=2e-3 \
   --gin.MODEL_DIR="'$out/stage2'" --gin.INITIAL_CHECKPOINT_PATH="'$out/stage1'" --gin.MIXTURE_OR_TASK_NAME="'$target'"
 
 step "Inference: $samples texts for each user of $target"
 calrec infer --gin_file=gin/runs/infer.gin "${data[@]}" --gin.CHECKPOINT_PATH="'$out/stage2'" \
-  --gin.MIXTURE_OR_TASK_NAME="'$target'" --gin.INFER_OUTPUT_DIR="'$out/infer'" --gin.sample.n_samples=$samples
+  --gin.MIXTURE_OR_TASK_NAME="'$target'" --gin.INFER_OUTPUT_DIR="'$out/infer'" --gin.sample.n_samples=$samples \
+  --gin.sample.users_per_batch=16
 
 step 'Ranking of the whole catalogue, and the table'
 calrec evaluate --gin_file=gin/runs/evaluate.gin "${data[@]}" --gin.MIXTURE_OR_TASK_NAME="'$target'" \

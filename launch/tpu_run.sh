@@ -157,7 +157,7 @@ set -eu
 mkdir -p ~/calrec_run && cd ~/calrec_run && exec 9>lock
 flock -w 300 9 || { echo 'another command still runs on this worker' >&2; exit 4; }
 rm -f exit
-nohup setsid bash -c 'cd ~/calrec_source && ~/calrec_venv/bin/calrec "\$@"; echo \$? > ~/calrec_run/exit' \\
+nohup setsid bash -c 'cd ~/calrec_source && CALREC_DISTRIBUTED=1 ~/calrec_venv/bin/calrec "\$@"; echo \$? > ~/calrec_run/exit' \\
   calrec$arguments > log 2>&1 < /dev/null &
 REMOTE
 # shellcheck disable=SC2016  # these run on the worker

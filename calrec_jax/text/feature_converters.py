@@ -1,10 +1,10 @@
 """The rows of `rows.py` as a SeqIO feature converter, for who reads the Tasks through SeqIO or T5X.
 
-`calrec train` does not come here: it plans its batches (`batches.py`), from the same corpus and with the same rows. What
-differs is what a converter cannot know, as it sees one row at a time and not the batch:
+`calrec train` does not come here: it plans its batches (`batches.py`). The rows are the same, but for what a converter
+cannot know, as it sees one row at a time and not the batch:
 
-- A text alone lies in the row of its span, and `span_slots` counts the row's own slots; `batch_slots` makes them slots of
-  the batch. A text that is the target in two rows is encoded twice.
+- A text alone lies in the row of its span, and `span_slots` counts the row's own slots; `batch_slots` makes them slots
+  of the batch. A text that is the target in two rows is encoded twice.
 - A text's identity is a hash of its tokens, the same in every process, where a corpus numbers its texts.
 - An item's number counts the items that the row holds, where a corpus counts those of the whole history.
 """
@@ -51,8 +51,8 @@ def item_runs(inputs: np.ndarray, first: np.ndarray, following: np.ndarray) -> l
   windows = np.lib.stride_tricks.sliding_window_view(np.pad(inputs, (0, n), constant_values=-1), n)
   prompts = np.flatnonzero((windows == following[None, :]).all(axis=1)).tolist()
   if inputs[:len(first)].tolist() != first.tolist() or not prompts or prompts[-1] + n != len(inputs):
-    raise UserError("'inputs' is not a user part of this vocabulary: FIRST, then items with NEXT after each. Take a Task of "
-                    'calrec_jax.tasks that was registered with the vocabulary of the converter.')
+    raise UserError("'inputs' is not a user part of this vocabulary: FIRST, then items with NEXT after each. Take a Task "
+                    'of calrec_jax.tasks that was registered with the vocabulary of the converter.')
   return list(zip([len(first), *(prompt + n for prompt in prompts)], prompts, strict=False))
 
 
@@ -62,7 +62,7 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
   Two examples in one row of L = 13 + 3, with alone_length 4 and spans_per_row 2; 2 is FIRST, 3 is NEXT, 1 is EOS:
 
     inputs         [2 7 8 3 9 3]  and  [2 5 6 3]        task_feature_lengths['inputs'] = 13
-    targets        [7 8 1]        and  [9 1]            task_feature_lengths['targets'] = 3, also the cap of an item's text
+    targets        [7 8 1]        and  [9 1]            task_feature_lengths['targets'] = 3: this caps an item's text
 
     tokens         [2 7 8 3 9 3 7 8 2 5 6 3 9 0 0 0]
     labels         [7 8 1 9 1 7 8 1 5 6 1 9 1 0 0 0]
@@ -80,18 +80,20 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     span_slots     [0 1]
     span_texts     [591453634 1708426696]
 
-  `rows.py` says what each of them is. A history longer than a row keeps its newest whole items. A Task that is read with
-  `sequence_length` (`seqio.get_dataset` does so) is already cut to 'inputs' tokens, and its target to one less than
-  'targets'; read without it, and with `apply_length_check=False` here, the row's whole length is used.
+  `rows.py` says what each of them is. A history longer than a row keeps its newest whole items; if even two items do not
+  fit, reading the rows fails and names the length that would do. A Task that is read with `sequence_length`
+  (`seqio.get_dataset` does so) is already cut to 'inputs' tokens, and its target to one less than 'targets'; read without
+  it, and with `apply_length_check=False` here, the row's whole length is used.
 
   Attributes:
-    report: counts so far: `histories`, `histories_cut`, `context_items_cut`, `items_cut` (an item's every occurrence) and
-      `item_tokens_cut`.
+    report: counts of what was read so far: `histories`, `histories_cut`, `context_items_cut`, `items_cut` (each time that
+      an item occurs) and `item_tokens_cut`.
   """
 
   TASK_FEATURES = {'inputs': Spec(tf.int32), 'targets': Spec(tf.int32)}
-  MODEL_FEATURES = {name: Spec(tf.as_dtype(dtype)) for name, (_, dtype) in Shapes(1, 1, 1, 1, 1, 1).features().items()}
-  PACKING_FEATURE_DTYPES: Mapping[str, tf.dtypes.DType] = {}  # segments and positions are there also without packing
+  MODEL_FEATURES = {
+      name: Spec(tf.as_dtype(dtype)) for name, (_, dtype) in Shapes(1, 1, 1, 1, 1, 1).features().items()}
+  PACKING_FEATURE_DTYPES: Mapping[str, tf.dtypes.DType] = {}  # segments and positions are there without packing too
 
   def __init__(self, vocabulary: seqio.Vocabulary, *, pack: bool = True, alone_length: int | None = None,
                spans_per_row: int = 16, buffer_examples: int = 1024, apply_length_check: bool = True,
@@ -110,7 +112,7 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     super().__init__(pack=pack, apply_length_check=apply_length_check, use_custom_packing_ops=use_custom_packing_ops)
     self._first, self._next = (np.asarray(vocabulary.encode(prompt), np.int32) for prompt in (FIRST, NEXT))
     if '\n' not in vocabulary.decode(self._next.tolist()):
-      raise UserError('The vocabulary drops line breaks, which keep items apart; take one that encodes every character.')
+      raise UserError('The vocabulary drops line breaks, which keep items apart; take one that encodes all characters.')
     self._bos = [] if vocabulary.bos_id is None else [vocabulary.bos_id]
     self._eos = vocabulary.eos_id
     self._alone_length, self._spans_per_row, self._buffer_examples = alone_length, spans_per_row, buffer_examples
@@ -156,9 +158,11 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     if not self.pack:
       return [np.array([number]) for number in range(len(cut))]
     alone = corpus.item_lengths[cut.stops - 1] + corpus.bos_length
-    return fill_rows(np.stack([cut.tokens, alone, np.ones_like(alone)], axis=1), np.array([shapes.L, shapes.M, shapes.S]))
+    sizes = np.stack([cut.tokens, alone, np.ones_like(alone)], axis=1)
+    return fill_rows(sizes, np.array([shapes.L, shapes.M, shapes.S]))
 
-  def _corpus(self, examples: Sequence[tuple[np.ndarray, np.ndarray]], max_item_tokens: int) -> tuple[Corpus, np.ndarray]:
+  def _corpus(self, examples: Sequence[tuple[np.ndarray, np.ndarray]],
+              max_item_tokens: int) -> tuple[Corpus, np.ndarray]:
     """A corpus of the examples, each a user whose items are its own, and the identity of each of its texts (0: none).
 
     Only targets have texts here: an item of a user part is 0.
@@ -182,7 +186,8 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     over = np.maximum(lengths - max_item_tokens, 0)
     bank = [*(part for example in examples for part in example), self._next, self._bos, self._first]
     return Corpus(
-        bank=np.concatenate(bank).astype(np.int32), item_starts=np.asarray(starts, np.int64), item_lengths=lengths - over,
+        bank=np.concatenate(bank).astype(np.int32),
+        item_starts=np.asarray(starts, np.int64), item_lengths=lengths - over,
         text_ids=np.asarray(text_ids, np.int64), text_items=np.asarray(text_items, np.int64),
         opener=(n_tokens + len(self._next), len(self._bos) + len(self._first)), next_prompt=(n_tokens, len(self._next)),
         bos_length=len(self._bos), eos=self._eos, events=np.arange(len(starts)), offsets=np.cumsum(counts),

@@ -201,13 +201,13 @@ def converted(name, converter, inputs, targets=64):
 
 
 @pytest.mark.parametrize('pack', [True, False])
-@pytest.mark.parametrize('inputs', [400, 40])
+@pytest.mark.parametrize('inputs', [400, 56])
 def test_a_tasks_rows_hold_the_histories_of_its_split(shop, pack, inputs):
   name, vocabulary, corpus = shop
   converter = CalRecFeatureConverter(vocabulary, pack=pack, apply_length_check=False)
   one_pass = check_same_histories(converted(name, converter, inputs), corpus, inputs + 64)
   cut = one_pass.excerpts.cut
-  assert (cut['histories_cut'] > 0) == (inputs == 40)
+  assert (cut['histories_cut'] > 0) == (inputs == 56)
   assert {key: converter.report[key] for key in ('histories', 'histories_cut', 'context_items_cut')} == {
       'histories': len(one_pass.excerpts), **{key: cut[key] for key in ('histories_cut', 'context_items_cut')}}
 
