@@ -4,12 +4,12 @@
 """
 
 import difflib
+import logging
 import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import absl.logging
 import gin
 
 from calrec_jax import runs
@@ -44,7 +44,6 @@ def search_paths() -> list[str]:
 
 def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> None:
   """Reads gin files in turn, then bindings (`NAME=VALUE`). Raises UserError for anything that does not apply."""
-  absl.logging.set_verbosity(absl.logging.ERROR)  # gin tells of every folder in which a file is not
   gin.clear_config()
   # gin keeps search paths for the life of the process; ours are of this call.
   gin.config._LOCATION_PREFIXES[:] = [*paths, *search_paths()]
@@ -62,6 +61,7 @@ def run(name: str) -> Any:
 
 def _parse(read: Callable[[], object], where: str) -> None:
   try:
+    logging.disable(logging.ERROR)  # gin tells of every folder in which a file is not
     read()
   except OSError as error:
     raise UserError(f'{where}: {_one_line(error)}') from error
@@ -72,6 +72,8 @@ def _parse(read: Callable[[], object], where: str) -> None:
     elif isinstance(error, SyntaxError) or 'malformed' in message:
       message += '; a text needs quotes inside the argument, such as --gin.MODEL_DIR=\'"runs/stage1"\''
     raise UserError(f'{where}: {message}') from error
+  finally:
+    logging.disable(logging.NOTSET)
 
 
 def _one_line(error: Exception) -> str:

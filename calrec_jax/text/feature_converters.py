@@ -51,8 +51,8 @@ def item_runs(inputs: np.ndarray, first: np.ndarray, following: np.ndarray) -> l
   windows = np.lib.stride_tricks.sliding_window_view(np.pad(inputs, (0, n), constant_values=-1), n)
   prompts = np.flatnonzero((windows == following[None, :]).all(axis=1)).tolist()
   if inputs[:len(first)].tolist() != first.tolist() or not prompts or prompts[-1] + n != len(inputs):
-    raise UserError("'inputs' is not a user part of this vocabulary: FIRST, then items with NEXT after each. Take a Task "
-                    'of calrec_jax.tasks that was registered with the vocabulary of the converter.')
+    raise UserError("'inputs' is not a user part of this vocabulary: FIRST, then items with NEXT after each. Take a "
+                    'Task of calrec_jax.tasks that was registered with the vocabulary of the converter.')
   return list(zip([len(first), *(prompt + n for prompt in prompts)], prompts, strict=False))
 
 
@@ -80,14 +80,14 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     span_slots     [0 1]
     span_texts     [591453634 1708426696]
 
-  `rows.py` says what each of them is. A history longer than a row keeps its newest whole items; if even two items do not
-  fit, reading the rows fails and names the length that would do. A Task that is read with `sequence_length`
-  (`seqio.get_dataset` does so) is already cut to 'inputs' tokens, and its target to one less than 'targets'; read without
-  it, and with `apply_length_check=False` here, the row's whole length is used.
+  `rows.py` says what each of them is. A history longer than a row keeps its newest whole items; if even two items do
+  not fit, reading the rows fails and names the length that would do. A Task that is read with `sequence_length`
+  (`seqio.get_dataset` does so) is already cut to 'inputs' tokens, and its target to one less than 'targets'; read
+  without it, and with `apply_length_check=False` here, the row's whole length is used.
 
   Attributes:
-    report: counts of what was read so far: `histories`, `histories_cut`, `context_items_cut`, `items_cut` (each time that
-      an item occurs) and `item_tokens_cut`.
+    report: counts of what was read so far: `histories`, `histories_cut`, `context_items_cut`, `items_cut` (each time
+      that an item occurs) and `item_tokens_cut`.
   """
 
   TASK_FEATURES = {'inputs': Spec(tf.int32), 'targets': Spec(tf.int32)}
@@ -102,7 +102,7 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
 
     Args:
       vocabulary: the Task's.
-      alone_length: M, with packing. None: half a row, and at least the longest target. Without packing it is the latter.
+      alone_length: M, with packing. None: half a row, and at least the longest target. Without packing: the latter.
       spans_per_row: E and S, the most examples that are packed in a row.
       buffer_examples: this many examples are packed together.
 
