@@ -71,13 +71,14 @@ def train(store: pathlib.Path, model_dir: pathlib.Path, **changes: Any) -> dict[
 
 def scalars(model_dir: pathlib.Path, prefix: str = '') -> dict[tuple[str, int], float]:
   """(name, step) to value of all TensorBoard scalars of a run; of two that were written, the later one."""
+  import tensorflow as tf
   from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
   found = {}
   for file in sorted(pathlib.Path(model_dir).glob('events.out.tfevents.*')):
     for event in EventFileLoader(str(file)).Load():
       for value in event.summary.value:
         if value.tag.startswith(prefix):
-          found[value.tag, event.step] = value.tensor.float_val[0]
+          found[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
   return found
 
 

@@ -30,7 +30,7 @@ from calrec_jax.text.vocabularies import TokenizerVocabulary
 SPLITS = ('test', 'validation')
 
 
-def generate(*, decoder: Decoder, params, vocabulary: TokenizerVocabulary, histories: Histories,
+def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabulary, histories: Histories,
              item_tokens: ItemTokens, out: str | os.PathLike, identity: str, split: str = 'test', n_samples: int = 32,
              temperature: float = 0.5, max_new_tokens: int | None = None, max_prefix_length: int = 448,
              max_item_tokens: int = 64, users_per_batch: int = 8, seed: int = 0, max_users: int | None = None,
@@ -41,8 +41,8 @@ def generate(*, decoder: Decoder, params, vocabulary: TokenizerVocabulary, histo
   bytes (same kind of machine), whether stopped or not.
 
   Args:
-    decoder: the model; `params` are its parameters, unboxed.
-    params: see above.
+    decoder: the model.
+    params: the parameters, unboxed, a nested mapping of arrays.
     vocabulary: the one that the model was trained with.
     histories: the data set. Users of fewer than three events have no leave-one-out split, and are left out.
     item_tokens: the catalogue's tokens in this vocabulary.

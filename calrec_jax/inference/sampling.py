@@ -4,6 +4,7 @@ Axes: U users, N samples of each, P padded prefix length, T new tokens, V vocabu
 """
 
 import functools
+from collections.abc import Mapping
 
 import flax.struct
 import jax
@@ -31,7 +32,7 @@ class Samples:
   finished_UN: jax.Array
 
 
-def sample(decoder: Decoder, params, tokens_UP: np.ndarray, lengths_U: np.ndarray, user_keys_U: np.ndarray, *,
+def sample(decoder: Decoder, params: Mapping, tokens_UP: np.ndarray, lengths_U: np.ndarray, user_keys_U: np.ndarray, *,
            n_samples: int = 32, temperature: float = 0.5, max_new_tokens: int, eos_id: int,
            forbidden: np.ndarray | None = None) -> Samples:
   """Samples `n_samples` continuations of each prefix; compiled once for each (U, P).
@@ -40,8 +41,8 @@ def sample(decoder: Decoder, params, tokens_UP: np.ndarray, lengths_U: np.ndarra
   user gets the same texts in any batch, bucket or order, as far as the logits are the same.
 
   Args:
-    decoder: the model; `params` are its parameters, unboxed.
-    params: see above.
+    decoder: the model.
+    params: the parameters, unboxed, a nested mapping of arrays.
     tokens_UP: int32, prefixes from the left, padded on the right with any token id.
     lengths_U: int32, >= 1, each prefix's own length. New tokens continue from there.
     user_keys_U: uint32 [U, 2] or typed keys [U]; should depend on the seed and the user's id only.

@@ -133,7 +133,7 @@ CHILD = '''
 import json, os, sys
 rank, port, tests, store, model_dir, out = sys.argv[1:]
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
+os.environ['XLA_FLAGS'] = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4')
 sys.path[:0] = [tests, tests + '/training']
 import jax
 jax.config.update('jax_default_matmul_precision', 'highest')

@@ -1,0 +1,145 @@
+"""Every verb in turn, on real dumps and on a generated store, with a few steps of training."""
+
+import gzip
+import json
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+import tiny
+
+from calrec_jax import cli
+from calrec_jax.evaluation.metrics import expected_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+METHODS = {'calrec', 'last_item', 'popularity', 'transitions'}
+RUN_FILES = ('config.gin', 'run.json')
+
+
+def run(*arguments: str) -> None:
+  assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+  with gzip.open(path, 'rt', encoding='utf-8') as file:
+    return [json.loads(line) for line in file]
+
+
+def finish(folder: pathlib.Path, name: str, *more: str) -> dict:
+  """Both stages, inference and evaluation on `folder/data/<name>`; returns metrics.json."""
+  run('vocabulary', '--data', *sorted((folder / 'data').iterdir()), '--size', '400', '--out', folder / 'vocabulary.json')
+  lengths = "--gin.TASK_FEATURE_LENGTHS={'inputs': 96, 'targets': 32}"
+  run(*tiny.gin_arguments(folder, 'stage1', folder / 'stage1'), lengths)
+  run(*tiny.gin_arguments(folder, 'stage2', folder / 'stage2'), lengths,
+      *tiny.gin([f"INITIAL_CHECKPOINT_PATH='{folder / 'stage1'}'", f"MIXTURE_OR_TASK_NAME='{name}'"]))
+  data = tiny.gin([f"DATA_DIR='{folder / 'data'}'", f"MIXTURE_OR_TASK_NAME='{name}'", f"INFER_OUTPUT_DIR='{folder / 'infer'}'"])
+  run('infer', '--gin_file=gin/runs/infer.gin', *data, *tiny.gin([
+      f"CHECKPOINT_PATH='{folder / 'stage2'}'", 'sample.n_samples=4', 'sample.max_new_tokens=12', 'sample.max_users=20']))
+  run('evaluate', '--gin_file=gin/runs/evaluate.gin', *data, *tiny.gin([
+      f"EVAL_OUTPUT_DIR='{folder / 'evaluate'}'", 'ranking.max_users=20']), *more)
+  return json.loads((folder / 'evaluate/metrics.json').read_text())
+
+
+def check_results(folder: pathlib.Path, metrics: dict, methods: set[str]) -> None:
+  """The schema of metrics.json and of the rankings, and that the one follows from the other."""
+  assert {'protocol', 'users', 'items', 'methods'} <= metrics.keys()
+  assert {'name', 'hash'} <= metrics['protocol'].keys()
+  assert metrics['methods'].keys() == methods
+  for method, values in metrics['methods'].items():
+    assert {'recall@1', 'recall@10', 'ndcg@10', 'mrr'} <= values.keys()
+    rows = lines(folder / f'evaluate/rankings-{method}.jsonl.gz')
+    assert len(rows) == metrics['users'] == 20
+    assert all({'user_id', 'target', 'better', 'tied', 'top'} == row.keys() for row in rows)
+    assert all(len(row['top']) == min(100, metrics['items']) for row in rows)
+    assert all(row['better'] + row['tied'] < metrics['items'] for row in rows)
+    again = expected_metrics(np.asarray([row['better'] for row in rows]), np.asarray([row['tied'] for row in rows]))
+    for name, value in values.items():
+      np.testing.assert_allclose(value, again[name].mean(), rtol=1e-9, err_msg=f'{method} {name}')
+  for generation in lines(folder / 'infer/generations.jsonl.gz'):
+    assert len(set(generation['texts'])) == len(generation['texts']) == len(generation['logprobs']) > 0
+    assert generation['logprobs'] == sorted(generation['logprobs'], reverse=True)
+  for stage in ('stage1', 'stage2', 'infer', 'evaluate'):
+    assert all((folder / stage / file).stat().st_size for file in RUN_FILES), stage
+    assert json.loads((folder / stage / 'run.json').read_text())['data']
+  assert tiny.scalars(folder / 'stage2', 'train/nig') and tiny.scalars(folder / 'stage2', 'validation/nig')
+
+
+def test_gift_cards_through_every_verb(real_data, tmp_path, capsys):
+  dumps = real_data / 'amazon2018_raw'
+  run('prepare', 'dumps', '--reviews', dumps / 'Gift_Cards_5.json.gz', '--meta', dumps / 'meta_Gift_Cards.json.gz',
+      '--name', 'gift_cards', '--out', tmp_path / 'data/gift_cards')
+  metrics = finish(tmp_path, 'gift_cards')
+  assert 'CALRec' in capsys.readouterr().out
+  check_results(tmp_path, metrics, METHODS)
+  assert metrics['items'] == 147
+
+
+def test_a_generated_store_through_every_verb(tmp_path, capsys):
+  run('synthesize', '--out', tmp_path / 'store', '--users', 120, '--items', 40, '--categories', 2, '--seed', 0)
+  for reviews in (tmp_path / 'store').glob('*_5.json.gz'):
+    name = reviews.name.removesuffix('_5.json.gz')
+    run('prepare', 'dumps', '--reviews', reviews, '--meta', tmp_path / f'store/meta_{name}.json.gz', '--name', name,
+        '--out', tmp_path / f'data/{name}')
+  metrics = finish(tmp_path, name, f"--gin.STORE='{tmp_path / 'store'}'")
+  check_results(tmp_path, metrics, METHODS | {'ceiling'})
+  assert metrics['methods']['ceiling']['ndcg@10'] > 2 * metrics['methods']['popularity']['ndcg@10']
+  assert 'truth' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('ablation', sorted(path.stem for path in (ROOT / 'gin/ablations').glob('*.gin')))
+def test_each_ablation_trains(ablation, tiny_store, tmp_path):
+  stage = 'stage2' if ablation == 'stage2_only' else 'stage1'
+  more = ['schedule.eval_histories=0'] + ["MIXTURE_OR_TASK_NAME='books'"] * (stage == 'stage2')
+  run(*tiny.gin_arguments(tiny_store, stage, tmp_path / 'run'), f'--gin_file=gin/ablations/{ablation}.gin', *tiny.gin(more))
+  losses = tiny.scalars(tmp_path / 'run', 'train/loss')
+  assert np.isfinite(list(losses.values())).all() and losses
+
+
+def test_the_contrastive_terms_are_off_without_contrast(tiny_store, tmp_path):
+  for ablation, zero in (('no_contrastive', {'tt', 'ut'}), ('no_tt', set())):
+    folder = tmp_path / ablation
+    run(*tiny.gin_arguments(tiny_store, 'stage1', folder), f'--gin_file=gin/ablations/{ablation}.gin',
+        '--gin.schedule.eval_histories=0')
+    assert {term for term in ('tt', 'ut') if not tiny.scalars(folder, f'train/{term}')[f'train/{term}', 2]} == zero
+
+
+def test_stage_two_of_the_paper_reads_its_settings(tiny_store, tmp_path):
+  more = [f"INITIAL_CHECKPOINT_PATH='{tmp_path / 'one'}'", "MIXTURE_OR_TASK_NAME='books'", "inputs.mixture=('books', 'games')"]
+  run(*tiny.gin_arguments(tiny_store, 'stage1', tmp_path / 'one'))
+  run(*tiny.gin_arguments(tiny_store, 'stage2', tmp_path / 'two'), '--gin_file=gin/runs/paper.gin', *tiny.gin(more))
+  text = (tmp_path / 'two/config.gin').read_text()
+  assert "rows.targets = 'last'" in text and 'objective.alpha = 0.125' in text
+
+
+def readme_commands() -> list[list[str]]:
+  """The `calrec` commands of the README, as argument lists."""
+  text = (ROOT / 'README.md').read_text(encoding='utf-8')
+  blocks = re.findall(r'```bash\n(.*?)```', text, flags=re.DOTALL)
+  commands = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
+  return [shlex.split(command)[1:] for command in commands if command.startswith('calrec ')]
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch):
+  """In a folder with a shop's files; only the numbers of steps, users and samples are made small, and the decoder."""
+  monkeypatch.chdir(tmp_path)
+  run('synthesize', '--out', 'store', '--users', '60', '--items', '40', '--categories', '1')
+  reviews = next(pathlib.Path('store').glob('*_5.json.gz'))
+  reviews.rename('Gift_Cards_5.json.gz')
+  next(pathlib.Path('store').glob('meta_*')).rename('meta_Gift_Cards.json.gz')
+  shop = tiny.make_histories('shop')
+  write = lambda name, rows: pathlib.Path(name).write_bytes(gzip.compress('\n'.join(map(json.dumps, rows)).encode()))
+  write('items.jsonl.gz', [{'item_id': i} | item for i, item in zip(shop.item_ids, shop.items, strict=True)])
+  write('sequences.jsonl.gz', [{'user_id': user, 'item_ids': [shop.item_ids[i] for i in shop.history(number)]}
+                               for number, user in enumerate(shop.user_ids)])
+  small = {
+      'train': ['--gin.TRAIN_STEPS=2', '--gin.BATCH_SIZE=8', "--gin.TASK_FEATURE_LENGTHS={'inputs': 96, 'targets': 32}",
+                '--gin.rows.window_steps=4', *tiny.gin(tiny.DECODER_GIN)],
+      'infer': tiny.gin(['sample.max_users=8', 'sample.n_samples=2', 'sample.max_new_tokens=4']),
+      'evaluate': tiny.gin(['ranking.max_users=8'])}
+  commands = readme_commands()
+  assert {command[0] for command in commands} == {'prepare', 'vocabulary', 'train', 'infer', 'evaluate'}
+  for command in commands:
+    run(*command, *small.get(command[0], []))
+  assert (tmp_path / 'runs/evaluate/metrics.json').exists()
