@@ -7,6 +7,7 @@ import difflib
 import logging
 import pathlib
 import re
+import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,11 +66,11 @@ def _parse(read: Callable[[], object], where: str) -> None:
     read()
   except OSError as error:
     raise UserError(f'{where}: {_one_line(error)}') from error
-  except (ValueError, SyntaxError, ImportError, AttributeError, KeyError, TypeError) as error:
+  except (ValueError, SyntaxError, tokenize.TokenError, ImportError, AttributeError, KeyError, TypeError) as error:
     message = _one_line(error)
     if match := re.search(r"No configurable matching '([^']*)'", message):
       message = f'nothing is called {match[1]!r}{_suggestion(match[1], CONFIGURABLES)}; gin binds {", ".join(CONFIGURABLES)}'
-    elif isinstance(error, SyntaxError) or 'malformed' in message:
+    elif isinstance(error, (SyntaxError, tokenize.TokenError)) or 'malformed' in message:
       message += '; a text needs quotes inside the argument, such as --gin.MODEL_DIR=\'"runs/stage1"\''
     raise UserError(f'{where}: {message}') from error
   finally:

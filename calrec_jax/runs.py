@@ -1,5 +1,6 @@
 """The jobs that begin with names: a checkpoint, a data set, a file of generations become objects, and the work is called."""
 
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from calrec_jax import provenance
 from calrec_jax.data import histories, oracle
@@ -71,12 +73,20 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   report = sample(
       decoder=decoder, params=params, vocabulary=vocabulary, histories=data,
       item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, template, vocabulary), out=folder / GENERATIONS,
-      identity=f'{found.model_dir.name} step {found.step} {found.description["data"]}',
+      identity=f'{found.model_dir.name} step {found.step}, weights {fingerprint(params)[:16]}',
       max_prefix_length=lengths['inputs'], max_item_tokens=lengths['targets'])
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
                    data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
                    template=found.description['template'])
   return report
+
+
+def fingerprint(params: Any) -> str:
+  """sha256 hex of a tree of arrays."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def rank(*, data_dir: str, task_name: str, template: ItemTemplate, out: str, generations: str | None = None,

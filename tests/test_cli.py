@@ -1,0 +1,198 @@
+"""The command line: help at once, results on stdout, wrong input in one line with exit code 2 and nothing half-written."""
+
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from calrec_jax import cli, outputs
+from calrec_jax.errors import UserError
+
+VERBS = [['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'], ['vocabulary'], ['train'], ['infer'],
+         ['evaluate']]
+REVIEW = {'reviewerID': 'u', 'asin': 'a', 'unixReviewTime': 1, 'overall': 5.0}
+
+
+def write_lines(path: pathlib.Path, rows: list) -> pathlib.Path:
+  path.write_bytes(gzip.compress('\n'.join(row if isinstance(row, str) else json.dumps(row) for row in rows).encode()))
+  return path
+
+
+def core(n: int = 6) -> list[dict]:
+  """Reviews in which n users each bought n items."""
+  return [REVIEW | {'reviewerID': f'u{user}', 'asin': f'a{item}', 'unixReviewTime': item}
+          for user in range(n) for item in range(n)]
+
+
+def refused(capsys, arguments: list, *words: str, absent: pathlib.Path | None = None) -> str:
+  """Runs a command that must fail: exit code 2, one line that says `words`, and `absent` is not there."""
+  capsys.readouterr()
+  try:
+    code = cli.main([str(argument) for argument in arguments])
+  except SystemExit as error:  # argparse
+    code = error.code
+  out, err = capsys.readouterr()
+  lines = [line for line in err.splitlines() if 'error:' in line]
+  assert code == 2 and len(lines) == 1 and not out and 'Traceback' not in err, err
+  assert err.splitlines()[-1] == lines[0]
+  for word in words:
+    assert word in lines[0], lines[0]
+  if absent is not None:
+    assert not absent.exists() and not list(absent.parent.glob(f'.{absent.name}*'))
+  return lines[0]
+
+
+def test_help_is_instant_and_has_examples():
+  for verb in VERBS:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, '-m', 'calrec_jax.cli', *verb, '--help'], capture_output=True, text=True, check=True)
+    assert time.monotonic() - began < 3  # a loaded machine; alone it takes a tenth of a second
+    assert 'usage: calrec' in done.stdout
+    assert verb == ['prepare'] or f'example:\n  calrec {" ".join(verb)}' in done.stdout
+
+
+def test_help_imports_nothing_heavy():
+  code = ('import sys\nfrom calrec_jax import cli\ntry:\n  cli.main(["train", "--help"])\nexcept SystemExit:\n  pass\n'
+          'sys.exit(any(m in sys.modules for m in ("jax", "tensorflow", "numpy", "gin")))')
+  assert subprocess.run([sys.executable, '-c', code], capture_output=True, check=False).returncode == 0
+
+
+def test_json_has_stdout_to_itself(tmp_path, capfd):
+  small = ['--users', '60', '--items', '30', '--categories', '1', '--json']
+  assert cli.main(['synthesize', '--out', str(tmp_path / 's'), *small]) == 0
+  json.loads(capfd.readouterr().out)
+  reviews = next((tmp_path / 's').glob('*_5.json.gz'))
+  assert cli.main(['prepare', 'dumps', '--reviews', str(reviews), '--name', 'n', '--out', str(tmp_path / 'n'), '--json']) == 0
+  assert json.loads(capfd.readouterr().out)['statistics']['users'] > 0
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['train', '--nonsense'], ['--nonsense', '--help']),
+    (['fly'], ['fly']),
+    (['synthesize', '--out', 'x', '--users', '-1'], ['--users', 'above 0']),
+    (['train'], ['--gin_file']),
+    (['synthesize', '--out', 'x', '--gin.A=1'], ['takes no gin bindings']),
+])
+def test_wrong_words(arguments, words, capsys):
+  refused(capsys, arguments, *words)
+
+
+def test_bad_dumps(tmp_path, capsys):
+  out = tmp_path / 'out'
+  prepare = lambda path, *more: ['prepare', 'dumps', '--reviews', path, '--name', 'n', '--out', out, *more]
+  refused(capsys, prepare(tmp_path / 'none.json.gz'), 'none.json.gz', absent=out)
+  whole = write_lines(tmp_path / 'whole.json.gz', core())
+  cut = tmp_path / 'cut.json.gz'
+  cut.write_bytes(whole.read_bytes()[:-20])
+  refused(capsys, prepare(cut), 'cut.json.gz', absent=out)
+  broken = write_lines(tmp_path / 'broken.json.gz', [*core()[:3], '{"reviewerID": ', *core()[3:]])
+  refused(capsys, prepare(broken), 'broken.json.gz', 'line 4', '--max_bad_lines', absent=out)
+  assert cli.main([str(a) for a in prepare(broken, '--max_bad_lines', '1')]) == 0
+  refused(capsys, prepare(whole), str(out), 'in use')
+  few = write_lines(tmp_path / 'few.json.gz', core(3))
+  refused(capsys, ['prepare', 'dumps', '--reviews', few, '--name', 'n', '--out', tmp_path / 'few'], '5',
+          absent=tmp_path / 'few')
+
+
+def test_bad_sequences(tmp_path, capsys):
+  items = write_lines(tmp_path / 'items.jsonl.gz', [{'item_id': 'a', 'title': 't', 'category': '', 'brand': '', 'price': ''}])
+  sequences = write_lines(tmp_path / 'sequences.jsonl.gz', [{'user_id': 'u', 'item_ids': ['a', 'ghost', 'a']}])
+  prepare = ['prepare', 'histories', '--sequences', sequences, '--items', items, '--name', 'n', '--out', tmp_path / 'out']
+  refused(capsys, prepare, 'ghost', absent=tmp_path / 'out')
+
+
+@pytest.mark.parametrize('changes, words', [
+    (['--gin.trian.seed=1'], ["'trian'", "'train'"]),
+    (['--gin.train.sed=1'], ['sed']),
+    (['--gin.TRIAN_STEPS=5'], ['TRIAN_STEPS', "'TRAIN_STEPS'", 'nothing reads it']),
+    (['--gin.MODEL_DIR=runs/x'], ['MODEL_DIR', 'quotes']),
+    (['--gin.BATCH_SIZE=[8'], ['BATCH_SIZE']),
+    (['--gin.BATCH_SIZE'], ['NAME=VALUE']),
+    (['--gin_file=gin/runs/nowhere.gin'], ['gin/runs/nowhere.gin']),
+    (['--gin.BATCH_SIZE=6'], ['BATCH_SIZE = 6', 'multiple of 8']),
+    (['--gin.mesh.model=3'], ['does not divide 8 devices']),
+    (["--gin.MIXTURE_OR_TASK_NAME='nobody'"], ['nobody', 'books']),
+    (["--gin.DATA_DIR='/nowhere'"], ['/nowhere']),
+    (["--gin.VOCABULARY='/nowhere.json'"], ['/nowhere.json']),
+    (["--gin.INITIAL_CHECKPOINT_PATH='/nowhere'"], ['/nowhere', 'no checkpoint']),
+    (["--gin.objective.direction='up'"], ['up', 'symmetric']),
+    (["--gin.rows.targets='first'"], ["'last' or 'all'"]),
+    (["--gin.text.unknown='ask'"], ["'write' or 'skip'"]),
+    (["--gin.TASK_FEATURE_LENGTHS={'inputs': 1, 'targets': 8}"], ['TASK_FEATURE_LENGTHS']),
+])
+def test_bad_runs(changes, words, tiny_store, tmp_path, capsys):
+  refused(capsys, [*tiny.gin_arguments(tiny_store, 'stage1', tmp_path / 'run'), *changes], *words, absent=tmp_path / 'run')
+
+
+def test_missing_macros_are_named(capsys):
+  refused(capsys, ['train', '--gin_file=gin/runs/stage1.gin'], 'MODEL_DIR', 'DATA_DIR', 'TRAIN_STEPS', 'required')
+
+
+def test_misfits(tiny_store, tmp_path, capsys):
+  """Checkpoints of another shape or vocabulary, and folders that are in use."""
+  first = tiny.gin_arguments(tiny_store, 'stage1', tmp_path / 'one')
+  assert cli.main(first) == 0
+  second = [*tiny.gin_arguments(tiny_store, 'stage1', tmp_path / 'two'), f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path / 'one'}'"]
+  refused(capsys, [*second, '--gin.decoder.ff_dim=32'], 'ff_dim is 64 there, 32 here', absent=tmp_path / 'two')
+  cli.main(['vocabulary', '--data', str(tiny_store / 'data/books'), '--size', '300', '--out', str(tmp_path / 'other.json')])
+  refused(capsys, [*second, f"--gin.VOCABULARY='{tmp_path / 'other.json'}'"], 'another vocabulary', absent=tmp_path / 'two')
+  refused(capsys, [*second, "--gin.text.fields=('title',)"], 'text.fields', absent=tmp_path / 'two')
+  refused(capsys, [*first, "--gin.MIXTURE_OR_TASK_NAME='books'"], 'other data')
+  foreign = tmp_path / 'foreign'
+  foreign.mkdir()
+  (foreign / 'thesis.tex').write_text('mine')
+  refused(capsys, tiny.gin_arguments(tiny_store, 'stage1', foreign), 'in use')
+  assert [path.name for path in foreign.iterdir()] == ['thesis.tex']
+  data = tiny.gin([f"DATA_DIR='{tiny_store / 'data'}'", "MIXTURE_OR_TASK_NAME='books'", 'INFER_OUTPUT_DIR=None'])
+  refused(capsys, ['evaluate', '--gin_file=gin/runs/evaluate.gin', *data, f"--gin.EVAL_OUTPUT_DIR='{foreign}'"], 'in use')
+  infer = ['infer', '--gin_file=gin/runs/infer.gin', *data, f"--gin.INFER_OUTPUT_DIR='{tmp_path / 'infer'}'",
+           f"--gin.CHECKPOINT_PATH='{tmp_path / 'one'}'"]
+  refused(capsys, [*infer, "--gin.MIXTURE_OR_TASK_NAME='nobody'"], 'nobody', 'books', absent=tmp_path / 'infer')
+  damaged = tmp_path / 'one/checkpoints/2/params'
+  for file in damaged.rglob('*'):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:10])
+  refused(capsys, infer, 'cannot be read', 'step')
+
+
+def test_gin_files_are_found_from_any_folder(tiny_store, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  refused(capsys, ['train', '--gin_file=gin/runs/stage2.gin'], 'INITIAL_CHECKPOINT_PATH')
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine/own.gin').write_text("include 'gin/runs/stage1.gin'\nTRAIN_STEPS = 3\n")
+  line = refused(capsys, ['train', '--gin_file=own.gin', '--gin_search_paths=mine'], 'MODEL_DIR')
+  assert 'TRAIN_STEPS' not in line
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+  def bug(options):
+    raise ZeroDivisionError
+  monkeypatch.setattr(cli, '_synthesize', bug)
+  with pytest.raises(ZeroDivisionError):
+    cli.main(['synthesize', '--out', 'x'])
+
+
+def test_outputs_appear_whole_or_not_at_all(tmp_path):
+  with pytest.raises(ZeroDivisionError), outputs.new_folder(tmp_path / 'deep/out') as scratch:
+    (scratch / 'half').write_text('half')
+    raise ZeroDivisionError
+  assert not list((tmp_path / 'deep').iterdir())
+  with outputs.new_folder(tmp_path / 'deep/out') as scratch:
+    (scratch / 'file').write_text('whole')
+    assert not (tmp_path / 'deep/out').exists()
+  assert (tmp_path / 'deep/out/file').read_text() == 'whole'
+  with pytest.raises(UserError, match='in use'):
+    outputs.check_unused(tmp_path / 'deep/out')
+  (tmp_path / 'kept').write_text('old')
+  with pytest.raises(ZeroDivisionError), outputs.new_file(tmp_path / 'kept') as scratch:
+    scratch.write_text('new')
+    raise ZeroDivisionError
+  assert (tmp_path / 'kept').read_text() == 'old' and len(list(tmp_path.iterdir())) == 2
+  (tmp_path / 'blocked').write_text('a file')
+  with pytest.raises(UserError, match='cannot be written'), outputs.new_folder(tmp_path / 'blocked/out'):
+    pass
