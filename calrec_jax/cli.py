@@ -124,7 +124,8 @@ def _configured(verb: str) -> Callable[[argparse.Namespace], Any]:
 
 def _train(options: argparse.Namespace) -> Outcome:
   metrics = _configured('train')(options)
-  return metrics, 'Trained; validation ' + ', '.join(f'{name} {value:.4f}' for name, value in metrics.items()) + '.'
+  validation = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
+  return metrics, f'Trained; validation {validation}.' if metrics else 'Trained.'
 
 
 def _infer(options: argparse.Namespace) -> Outcome:

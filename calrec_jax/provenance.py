@@ -1,10 +1,12 @@
 """What a run's results depend on, written beside them: versions, seeds, gin text, data fingerprints."""
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
 import platform
 import sys
+from collections.abc import Mapping
 
 from calrec_jax import outputs
 
@@ -29,3 +31,10 @@ def write(folder: str | os.PathLike, *, gin_text: str, **facts: object) -> None:
   with outputs.new_file(folder / 'config.gin') as scratch:
     scratch.write_text(gin_text)
   outputs.write_json(folder / 'run.json', {'command': sys.argv, 'versions': versions(), **facts})
+
+
+def write_scalars(folder: str | os.PathLike, scalars: Mapping[str, float]) -> None:
+  """Writes numbers as TensorBoard events of step 0, for the jobs that have no steps."""
+  from clu import metric_writers  # imports TensorFlow: only when there is something to write
+  with contextlib.closing(metric_writers.create_default_writer(os.fspath(folder), asynchronous=False)) as writer:
+    writer.write_scalars(0, scalars)

@@ -78,6 +78,7 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
                    data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
                    template=found.description['template'])
+  provenance.write_scalars(folder, {f'infer/{name}': value for name, value in report.items()})
   return report
 
 
@@ -113,4 +114,6 @@ def rank(*, data_dir: str, task_name: str, template: ItemTemplate, out: str, gen
   ceiling = oracle.load_oracle(store, task_name).probabilities if store else None
   metrics = evaluate(histories=data, template=template, out=out, generations=generations, oracle=ceiling)
   provenance.write(out, gin_text=gin_text(), data={data.name: data.fingerprint}, generations=generations and str(generations))
+  provenance.write_scalars(out, {f'{metrics["protocol"]["split"]}/{method}/{name}': value
+                                 for method, values in metrics['methods'].items() for name, value in values.items()})
   return metrics

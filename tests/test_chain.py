@@ -63,6 +63,7 @@ def check_results(folder: pathlib.Path, metrics: dict, methods: set[str]) -> Non
   for stage in ('stage1', 'stage2', 'infer', 'evaluate'):
     assert all((folder / stage / file).stat().st_size for file in RUN_FILES), stage
     assert json.loads((folder / stage / 'run.json').read_text())['data']
+  assert tiny.scalars(folder / 'infer', 'infer/texts_per_user') and tiny.scalars(folder / 'evaluate', 'test/calrec/ndcg@10')
   assert tiny.scalars(folder / 'stage2', 'train/nig') and tiny.scalars(folder / 'stage2', 'validation/nig')
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from calrec_jax.errors import UserError
@@ -48,7 +49,8 @@ class Optimizer:
         'constant': optax.constant_schedule(peak),
         'linear': optax.linear_schedule(peak, peak * self.final_fraction, rest),
         'cosine': optax.cosine_decay_schedule(peak, rest, self.final_fraction),
-        'rsqrt': lambda step: peak * (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5,
+        # optax asks for this one during the warm-up too, with steps below 0.
+        'rsqrt': lambda step: peak * jnp.sqrt(max(warmup, 1) / (jnp.maximum(step, 0) + max(warmup, 1))),
     }[self.schedule]
     # Step 0 already moves: the warm-up counts from 1.
     return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])

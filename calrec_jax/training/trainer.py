@@ -102,8 +102,9 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   start, last_eval = int(state.step), {}
   with contextlib.ExitStack() as stack:
     store = stack.enter_context(_open_run(model_dir, inputs, schedule.keep))
-    provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
-                     shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params))
+    if jax.process_index() == 0:
+      provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
+                       shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params))
     logging.info('%d parameters; %d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.',
                  count(state.params), plan.report['targets'], 100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
     writer = stack.enter_context(contextlib.closing(metric_writers.create_default_writer(
@@ -261,7 +262,6 @@ def _prefetched(plan: BatchPlan, mesh: jax.sharding.Mesh, start: int, stop: int)
 @contextlib.contextmanager
 def _termination() -> Iterator[Any]:
   """Yields an event that SIGTERM sets, where this is the main thread."""
-
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield event

@@ -1,6 +1,7 @@
-"""Law 5: a run that was stopped and resumed is the run that never was, bit for bit; stage II starts from stage I's arrays."""
+"""Law 5: killed or terminated at any step and resumed = never stopped, bit for bit."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import signal
@@ -12,138 +13,164 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from calrec_jax.errors import UserError
 from calrec_jax.training import checkpoints, trainer
 from calrec_jax.training.trainer import Schedule
 
 STEPS = 6
-OPTIONS = {'decoder': dataclasses.replace(tiny.DECODER, dropout=0.2),
-           'schedule': Schedule(log_every=1, eval_every=0, save_every=2, eval_histories=0)}
+DROPOUT = {'decoder': dataclasses.replace(tiny.DECODER, dropout=0.2)}
 
 
-class Killed(Exception):
-  """Stands for the end of the process."""
+class Killed(BaseException):
+  """What no code of ours catches."""
 
 
-def arrays(model_dir: pathlib.Path, step: int) -> dict:
-  """Every array of a checkpoint as it lies on disk, by name: parameters, optimizer state, RNG and step."""
-  folder = model_dir / checkpoints.FOLDER / str(step)
-  with ocp.StandardCheckpointer() as reader:
-    tree = {item: reader.restore(folder / item) for item in ('params', 'rest')}
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+class Run:
+  """`tiny.train` in a folder, stopped or not; remembers which batches were trained on."""
+
+  def __init__(self, store: pathlib.Path, model_dir: pathlib.Path):
+    self.store, self.model_dir, self.batches = store, model_dir, {}
+
+  def go(self, monkeypatch, before_step=lambda step: None, **options) -> dict[str, float]:
+    prefetched = trainer._prefetched
+    def watched(plan, mesh, start, stop):
+      for step, batch in prefetched(plan, mesh, start, stop):
+        before_step(step)
+        digest = hashlib.sha256(b''.join(np.asarray(batch[name]).tobytes() for name in sorted(batch))).hexdigest()
+        assert self.batches.setdefault(step, digest) == digest  # a step that is done again has the same batch
+        yield step, batch
+    with monkeypatch.context() as patch:
+      patch.setattr(trainer, '_prefetched', watched)
+      return tiny.train(self.store, self.model_dir, **{'train_steps': STEPS, **DROPOUT, **options})
+
+  def state(self) -> dict[str, np.ndarray]:
+    """Everything in the newest checkpoint, by name."""
+    found = checkpoints.find(self.model_dir)
+    with ocp.StandardCheckpointer() as checkpointer:
+      trees = {item: checkpointer.restore(found.folder / item) for item in ('params', 'rest')}
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+
+  def logged(self) -> dict[tuple[str, int], float]:
+    found = tiny.scalars(self.model_dir)
+    return {key: value for key, value in found.items() if not key[0].endswith('_per_second')}
 
 
-def check_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
-  ours, theirs = arrays(one, STEPS), arrays(other, STEPS)
-  assert ours.keys() == theirs.keys() and any('opt_state' in name for name in ours) and any('rng' in name for name in ours)
-  for name, array in ours.items():
-    np.testing.assert_array_equal(array, theirs[name], err_msg=name)
-  for term in ('loss', 'nig', 'tt', 'ut', 'gradient_norm'):
-    assert tiny.scalars(one, f'train/{term}') == tiny.scalars(other, f'train/{term}')
-  assert len(tiny.scalars(one, 'train/loss')) == STEPS
+def differing(run: Run, expected: Run) -> list[object]:
+  """What is not the same bit for bit: arrays of the last checkpoint, logged values, batches."""
+  found, whole = run.state(), expected.state()
+  assert found.keys() == whole.keys()
+  names: list[object] = [name for name in whole if found[name].tobytes() != whole[name].tobytes()]
+  logged = run.logged()
+  names += [key for key, value in expected.logged().items() if logged.get(key) != value]
+  return names + [step for step, digest in expected.batches.items() if run.batches.get(step) != digest]
 
 
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-  """The next run dies when it asks for the batch of `step`."""
-  prefetched = trainer._prefetched
-  def dying(*args):
-    for number, batch in prefetched(*args):
-      if number == step:
-        raise Killed
-      yield number, batch
-  monkeypatch.setattr(trainer, '_prefetched', dying)
+def kill_at(stop: int):
+  def before_step(step: int) -> None:
+    if step == stop:
+      raise Killed
+  return before_step
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(tiny_store, tmp_path_factory) -> pathlib.Path:
-  folder = tmp_path_factory.mktemp('uninterrupted') / 'run'
-  tiny.train(tiny_store, folder, train_steps=STEPS, **OPTIONS)
-  return folder
+def uninterrupted(tiny_store, tmp_path_factory) -> Run:
+  run = Run(tiny_store, tmp_path_factory.mktemp('uninterrupted') / 'run')
+  with pytest.MonkeyPatch.context() as patch:
+    run.go(patch)
+  return run
 
 
-def stopped_and_resumed(store: pathlib.Path, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-                        step: int = 5) -> pathlib.Path:
-  with monkeypatch.context() as patch:
-    killed_at(step, patch)
-    with pytest.raises(Killed):
-      tiny.train(store, folder, train_steps=STEPS, **OPTIONS)
-  assert checkpoints.newest_step(folder) == step // 2 * 2
-  tiny.train(store, folder, train_steps=STEPS, **OPTIONS)
-  return folder
+@pytest.mark.parametrize('stop, goes_on_from', [(1, None), (3, 2), (5, 4)])
+def test_killed_and_resumed_is_never_killed(tiny_store, uninterrupted, tmp_path, monkeypatch, stop, goes_on_from):
+  run = Run(tiny_store, tmp_path / 'run')
+  with pytest.raises(Killed):
+    run.go(monkeypatch, kill_at(stop))
+  assert checkpoints.newest_step(run.model_dir) == goes_on_from
+  run.go(monkeypatch)
+  assert differing(run, uninterrupted) == []
+  assert len(run.batches) == STEPS and len(set(run.batches.values())) == STEPS
 
 
-def test_resumed_is_uninterrupted(uninterrupted, tiny_store, tmp_path, monkeypatch):
-  check_same_run(uninterrupted, stopped_and_resumed(tiny_store, tmp_path / 'run', monkeypatch))
+def without_optimizer(rest):
+  return rest | {'opt_state': jax.tree.map(lambda x: x * 0, rest['opt_state'])}
 
 
-def test_the_check_notices_another_rng(uninterrupted, tiny_store, tmp_path, monkeypatch):
-  """Mutant: the key is not restored."""
-  restore = trainer._restore_or_start
-  def mutant(*args, **kwargs):
-    state = restore(*args, **kwargs)
-    return state.replace(rng=state.rng + 1) if int(state.step) else state
-  monkeypatch.setattr(trainer, '_restore_or_start', mutant)
-  with pytest.raises(AssertionError):
-    check_same_run(uninterrupted, stopped_and_resumed(tiny_store, tmp_path / 'run', monkeypatch))
+def with_another_key(rest):
+  return rest | {'rng': rest['rng'] + 1}
 
 
-def test_the_check_notices_a_forgotten_optimizer(uninterrupted, tiny_store, tmp_path, monkeypatch):
-  """Mutant: the optimizer's statistics begin anew."""
-  restore = trainer._restore_or_start
-  def mutant(*args, **kwargs):
-    state = restore(*args, **kwargs)
-    forget = lambda x: x * 0 if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x
-    return state.replace(opt_state=jax.tree.map(forget, state.opt_state)) if int(state.step) else state
-  monkeypatch.setattr(trainer, '_restore_or_start', mutant)
-  with pytest.raises(AssertionError):
-    check_same_run(uninterrupted, stopped_and_resumed(tiny_store, tmp_path / 'run', monkeypatch))
+@pytest.mark.parametrize('mutant', [without_optimizer, with_another_key])
+def test_a_restore_that_forgets_something_is_noticed(tiny_store, uninterrupted, tmp_path, monkeypatch, mutant):
+  run = Run(tiny_store, tmp_path / 'run')
+  with pytest.raises(Killed):
+    run.go(monkeypatch, kill_at(4))
+  load = checkpoints.load
+  def forgetful(found, **items):
+    restored = load(found, **items)
+    return restored | {'rest': mutant(restored['rest'])}
+  monkeypatch.setattr(checkpoints, 'load', forgetful)
+  run.go(monkeypatch)
+  wrong = differing(run, uninterrupted)
+  assert ('train/loss', 6) in wrong and any('params' in str(name) for name in wrong)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tiny_store, tmp_path, monkeypatch):
+def test_batches_that_begin_anew_are_noticed(tiny_store, uninterrupted, tmp_path, monkeypatch):
+  run = Run(tiny_store, tmp_path / 'run')
+  with pytest.raises(Killed):
+    run.go(monkeypatch, kill_at(4))
   prefetched = trainer._prefetched
-  def terminated(*args):
-    for number, batch in prefetched(*args):
-      if number == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-      yield number, batch
-  assert threading.current_thread() is threading.main_thread()
-  with monkeypatch.context() as patch:
-    patch.setattr(trainer, '_prefetched', terminated)
-    with pytest.raises(SystemExit) as stop:
-      tiny.train(tiny_store, tmp_path / 'run', train_steps=STEPS, **OPTIONS)
-  assert stop.value.code == trainer.PREEMPTED and checkpoints.newest_step(tmp_path / 'run') == 3
-  tiny.train(tiny_store, tmp_path / 'run', train_steps=STEPS, **OPTIONS)
-  check_same_run(uninterrupted, tmp_path / 'run')
+  monkeypatch.setattr(trainer, '_prefetched', lambda plan, mesh, start, stop: (
+      (step + start, batch) for step, batch in prefetched(plan, mesh, 0, stop - start)))
+  run.batches = {}
+  run.go(monkeypatch)
+  wrong = differing(run, uninterrupted)
+  assert {4, 5} <= set(wrong) and ('train/loss', 6) in wrong
 
 
-def test_stage_two_starts_from_the_arrays_of_stage_one(uninterrupted, tiny_store, tmp_path, monkeypatch):
-  first = []
-  make = trainer.make_train_step
-  def spying(*args):
-    step = make(*args)
-    def call(state, batch):
-      first.append(jax.device_get(state.params))
-      return step(state, batch)
-    return call
-  monkeypatch.setattr(trainer, 'make_train_step', spying)
-  tiny.train(tiny_store, tmp_path / 'two', train_steps=1, inputs=tiny.inputs(tiny_store, 'books'),
-             initial_checkpoint=str(uninterrupted), **OPTIONS)
-  saved = {name.removeprefix("['params']"): array for name, array in arrays(uninterrupted, STEPS).items()
-           if name.startswith("['params']")}
-  started = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(first[0])}
-  assert started.keys() == saved.keys()
-  for name, array in started.items():
-    np.testing.assert_array_equal(array, saved[name], err_msg=name)
+def test_sigterm_saves_and_leaves_and_the_same_call_goes_on(tiny_store, uninterrupted, tmp_path, monkeypatch):
+  run, handler = Run(tiny_store, tmp_path / 'run'), signal.getsignal(signal.SIGTERM)
+  def terminate(step: int) -> None:
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+  late = Schedule(log_every=1, eval_every=0, save_every=100)
+  with pytest.raises(SystemExit) as left:
+    run.go(monkeypatch, terminate, schedule=late)
+  assert left.value.code == 75
+  assert checkpoints.newest_step(run.model_dir) == 3
+  assert signal.getsignal(signal.SIGTERM) == handler
+  assert not any(name.startswith('validation') for name, _ in run.logged())  # a grace period is short
+  run.go(monkeypatch, schedule=late)
+  assert differing(run, uninterrupted) == []
 
 
-def test_the_newest_steps_are_kept_and_a_half_written_one_is_not_seen(tiny_store, tmp_path):
-  folder = tmp_path / 'run'
-  schedule = Schedule(log_every=1, eval_every=0, save_every=1, eval_histories=0, keep=2)
-  tiny.train(tiny_store, folder, train_steps=4, schedule=schedule)
-  steps = {path.name for path in (folder / checkpoints.FOLDER).iterdir() if path.name.isdigit()}
-  assert steps == {'3', '4'}
-  (folder / checkpoints.FOLDER / '5.orbax-checkpoint-tmp').mkdir()
-  assert checkpoints.find(folder).step == 4
-  (folder / checkpoints.FOLDER / '4/description/metadata').write_text('{"half')
-  with pytest.raises(UserError, match='damaged'):
-    checkpoints.find(folder)
+def test_sigterm_in_the_last_step_ends_as_usual(tiny_store, tmp_path, monkeypatch):
+  run = Run(tiny_store, tmp_path / 'run')
+  assert run.go(monkeypatch, lambda step: step == STEPS - 1 and os.kill(os.getpid(), signal.SIGTERM))['loss'] > 0
+  assert checkpoints.newest_step(run.model_dir) == STEPS
+
+
+def test_a_finished_run_has_nothing_to_do(tiny_store, uninterrupted, monkeypatch):
+  before = uninterrupted.state()
+  Run(tiny_store, uninterrupted.model_dir).go(monkeypatch)
+  assert {name: x.tobytes() for name, x in before.items()} == {
+      name: x.tobytes() for name, x in uninterrupted.state().items()}
+
+
+def test_other_threads_leave_signals_alone():
+  found = []
+  def look() -> None:
+    with trainer._termination() as event:
+      found.append((event.is_set(), signal.getsignal(signal.SIGTERM)))
+  thread = threading.Thread(target=look)
+  thread.start()
+  thread.join()
+  assert found == [(False, signal.getsignal(signal.SIGTERM))]
+
+
+def test_a_bug_in_a_run_keeps_what_was_saved(tiny_store, tmp_path, monkeypatch):
+  run = Run(tiny_store, tmp_path / 'run')
+  def fail(step: int) -> None:
+    if step == 2:
+      raise ZeroDivisionError
+  with pytest.raises(ZeroDivisionError):
+    run.go(monkeypatch, fail)
+  assert [p.name for p in (run.model_dir / 'checkpoints').iterdir()] == ['2']  # whole: nothing half-written beside it
