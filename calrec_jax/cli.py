@@ -1,6 +1,7 @@
 """The `calrec` command: one thin verb a job. Only the standard library is imported until a verb runs, so help is instant."""
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -45,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # gin adds lines about where the call was configured.
     message = str(error).split('\n  In call to configurable')[0].replace('\n', ' ')
     print(f'calrec: error: {message}', file=sys.stderr)
+    return 2
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    print(f'calrec: error: {error.filename or "the disk"}: no space is left; make room, and run the same command again.',
+          file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('calrec: interrupted.', file=sys.stderr)

@@ -68,7 +68,7 @@ def _parse(read: Callable[[], object], where: str) -> None:
     raise UserError(f'{where}: {_one_line(error)}') from error
   except (ValueError, SyntaxError, tokenize.TokenError, ImportError, AttributeError, KeyError, TypeError) as error:
     message = _one_line(error)
-    if match := re.search(r"No configurable matching '([^']*)'", message):
+    if match := re.search(r"No configurable matching (?:reference )?'@?([^'()]*)", message):
       message = f'nothing is called {match[1]!r}{_suggestion(match[1], CONFIGURABLES)}; gin binds {", ".join(CONFIGURABLES)}'
     elif isinstance(error, (SyntaxError, tokenize.TokenError)) or 'malformed' in message:
       message += '; a text needs quotes inside the argument, such as --gin.MODEL_DIR=\'"runs/stage1"\''

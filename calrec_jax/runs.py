@@ -1,9 +1,10 @@
 """The jobs that begin with names: a checkpoint, a data set, a file of generations become objects, and the work is called."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -69,17 +70,31 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), nn.unbox(abstract))
   params = checkpoints.load(found, params=plain)['params']['decoder']
   folder = pathlib.Path(out)
-  folder.mkdir(parents=True, exist_ok=True)
-  report = sample(
-      decoder=decoder, params=params, vocabulary=vocabulary, histories=data,
-      item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, template, vocabulary), out=folder / GENERATIONS,
-      identity=f'{found.model_dir.name} step {found.step}, weights {fingerprint(params)[:16]}',
-      max_prefix_length=lengths['inputs'], max_item_tokens=lengths['targets'])
+  with _folder(folder):
+    report = sample(
+        decoder=decoder, params=params, vocabulary=vocabulary, histories=data,
+        item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, template, vocabulary), out=folder / GENERATIONS,
+        identity=f'{found.model_dir.name} step {found.step}, weights {fingerprint(params)[:16]}',
+        max_prefix_length=lengths['inputs'], max_item_tokens=lengths['targets'])
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
                    data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
                    template=found.description['template'])
   provenance.write_scalars(folder, {f'infer/{name}': value for name, value in report.items()})
   return report
+
+
+@contextlib.contextmanager
+def _folder(folder: pathlib.Path) -> Iterator[None]:
+  """Makes a folder to write into; takes it away again if nothing was written. UserError if it cannot be made."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another place.') from error
+  try:
+    yield
+  finally:
+    with contextlib.suppress(OSError):  # not empty: it holds results, or what the same call goes on from
+      folder.rmdir()
 
 
 def fingerprint(params: Any) -> str:

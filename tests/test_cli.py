@@ -1,5 +1,6 @@
 """The command line: help at once, results on stdout, wrong input in one line with exit code 2 and nothing half-written."""
 
+import errno
 import gzip
 import json
 import pathlib
@@ -175,6 +176,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
   monkeypatch.setattr(cli, '_synthesize', bug)
   with pytest.raises(ZeroDivisionError):
     cli.main(['synthesize', '--out', 'x'])
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+  from calrec_jax.data import synthetic
+  def full(path, rows):
+    path.write_bytes(b'half')
+    raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+  monkeypatch.setattr(synthetic, '_write_lines', full)
+  refused(capsys, ['synthesize', '--out', tmp_path / 'out', '--users', '5'], 'no space is left', absent=tmp_path / 'out')
 
 
 def test_outputs_appear_whole_or_not_at_all(tmp_path):

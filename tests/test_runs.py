@@ -1,0 +1,165 @@
+"""Inference and ranking by name: what a checkpoint brings, what does not fit, stopping and resuming, JSON on stdout."""
+
+import gzip
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+from calrec_jax import cli, runs
+from calrec_jax.errors import UserError
+from calrec_jax.inference.generate import generate
+from calrec_jax.inference.partial import Partial
+from calrec_jax.text.templates import ItemTemplate
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMALL = {'n_samples': 2, 'max_new_tokens': 6, 'users_per_batch': 8, 'max_users': 20}
+
+
+@pytest.fixture(scope='module')
+def trained(tiny_store, tmp_path_factory) -> pathlib.Path:
+  model_dir = tmp_path_factory.mktemp('trained') / 'run'
+  tiny.train(tiny_store, model_dir, train_steps=1)
+  return model_dir
+
+
+def infer(store, checkpoint, out, **options) -> dict:
+  return runs.infer(checkpoint=str(checkpoint), data_dir=str(store / 'data'), task_name='games', out=str(out),
+                    sample=lambda **given: generate(**given, **SMALL | options), gin_text=lambda: '# configuration\n')
+
+
+def rank(store, out, **options) -> dict:
+  return runs.rank(data_dir=str(store / 'data'), task_name='games', template=ItemTemplate(), out=str(out), **options)
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+def test_a_checkpoint_brings_all_that_inference_needs(tiny_store, trained, tmp_path):
+  report = infer(tiny_store, trained, tmp_path / 'infer')
+  generations = lines(tmp_path / 'infer' / runs.GENERATIONS)
+  assert report['users'] == len(generations) == 20
+  assert {'user_id', 'texts', 'logprobs'} <= generations[0].keys()
+  facts = json.loads((tmp_path / 'infer/run.json').read_text())
+  assert facts['step'] == 1 and facts['report']['users'] == 20 and set(facts['data']) == {'games'}
+  assert (tmp_path / 'infer/config.gin').read_text() == '# configuration\n'
+  with pytest.raises(UserError, match='already there'):
+    infer(tiny_store, trained, tmp_path / 'infer')
+
+
+@pytest.mark.parametrize('out, options, message', [
+    ('out', {'n_samples': 0}, 'n_samples = 0'), ('file/out', {}, 'cannot be written')])
+def test_inference_that_cannot_begin_leaves_nothing(tiny_store, trained, tmp_path, out, options, message):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match=message):
+    infer(tiny_store, trained, tmp_path / out, **options)
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_stopped_and_resumed_inference_is_uninterrupted(tiny_store, trained, tmp_path, monkeypatch):
+  infer(tiny_store, trained, tmp_path / 'whole')
+  append = Partial.append
+  def dying(self, batch):
+    if len(self.batches) == 1:
+      raise KeyboardInterrupt
+    append(self, batch)
+  with monkeypatch.context() as patch:
+    patch.setattr(Partial, 'append', dying)
+    with pytest.raises(KeyboardInterrupt):
+      infer(tiny_store, trained, tmp_path / 'stopped')
+  assert not (tmp_path / 'stopped' / runs.GENERATIONS).exists()
+  with pytest.raises(UserError, match='settings|other'):
+    infer(tiny_store, trained, tmp_path / 'stopped', temperature=0.7)
+  assert infer(tiny_store, trained, tmp_path / 'stopped')['users_resumed'] == 8
+  assert (tmp_path / 'stopped' / runs.GENERATIONS).read_bytes() == (tmp_path / 'whole' / runs.GENERATIONS).read_bytes()
+
+
+def test_inference_is_not_resumed_with_other_weights(tiny_store, trained, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(Partial, 'remove', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      infer(tiny_store, trained, tmp_path / 'out')
+  (tmp_path / 'out' / runs.GENERATIONS).unlink()
+  tiny.train(tiny_store, tmp_path / trained.name, train_steps=1, seed=1)  # of the same name and step
+  with pytest.raises(UserError):
+    infer(tiny_store, tmp_path / trained.name, tmp_path / 'out')
+
+
+def test_a_vocabulary_that_was_exchanged_is_noticed(tiny_store, trained, tmp_path):
+  copy = pathlib.Path(shutil.copytree(trained, tmp_path / 'copy'))
+  cli.main(['vocabulary', '--data', str(tiny_store / 'data/games'), '--size', '300', '--out', str(tmp_path / 'other.json')])
+  shutil.copy(tmp_path / 'other.json', copy / 'vocabulary.json')
+  with pytest.raises(UserError, match='vocabulary.json: is not the vocabulary'):
+    infer(tiny_store, copy, tmp_path / 'infer')
+  (copy / 'vocabulary.json').unlink()
+  with pytest.raises(UserError, match='vocabulary.json'):
+    infer(tiny_store, copy, tmp_path / 'infer')
+  assert not (tmp_path / 'infer').exists()
+
+
+@pytest.mark.parametrize('name, data', [('gmaes', 'data'), ('games', 'nowhere')])
+def test_an_unknown_data_set_is_named(tiny_store, tmp_path, name, data):
+  with pytest.raises(UserError, match=f'{name}: no such histories folder'):
+    runs.load_data(tiny_store / data, name)
+
+
+def test_ranking_without_generations_has_the_baselines(tiny_store, tmp_path):
+  metrics = rank(tiny_store, tmp_path / 'evaluate')
+  assert set(metrics['methods']) == {'popularity', 'last_item', 'transitions'}
+  stored = json.loads((tmp_path / 'evaluate/metrics.json').read_text())
+  assert stored['methods'] == metrics['methods']
+  facts = json.loads((tmp_path / 'evaluate/run.json').read_text())
+  assert facts['data'] == {'games': metrics['data']['fingerprint']}
+
+
+def test_generations_are_given_as_a_file_or_its_folder(tiny_store, trained, tmp_path):
+  infer(tiny_store, trained, tmp_path / 'infer', max_users=None)
+  by_folder = rank(tiny_store, tmp_path / 'a', generations=str(tmp_path / 'infer'))
+  by_file = rank(tiny_store, tmp_path / 'b', generations=str(tmp_path / 'infer' / runs.GENERATIONS))
+  assert by_folder['methods'] == by_file['methods'] and 'calrec' in by_file['methods']
+  with pytest.raises(UserError, match='nothing'):
+    rank(tiny_store, tmp_path / 'c', generations=str(tmp_path / 'nothing.jsonl.gz'))
+  assert not (tmp_path / 'c').exists()
+
+
+def test_weights_have_a_fingerprint():
+  one, other = {'a': np.zeros(3), 'b': np.ones(2)}, {'a': np.zeros(3), 'b': np.array([1.0, 1.0000001])}
+  assert runs.fingerprint(one) == runs.fingerprint(dict(one)) != runs.fingerprint(other)
+
+
+def calrec(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:
+  environment = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS='')
+  return subprocess.run([sys.executable, '-m', 'calrec_jax.cli', *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+                        env=environment, timeout=300)
+
+
+def test_stdout_is_json_alone_and_stderr_is_ours_alone(tiny_store, tmp_path):
+  """From another folder, as separate processes: each configured verb's own words and numbers, and no library's."""
+  data = tiny.gin([f"DATA_DIR='{tiny_store / 'data'}'", "MIXTURE_OR_TASK_NAME='games'", "INFER_OUTPUT_DIR='infer'"])
+  small = tiny.gin(f'sample.{name}={value}' for name, value in SMALL.items())
+  done = calrec(*tiny.gin_arguments(tiny_store, 'stage1', 'run', '--json'), cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout).keys() == {'loss', 'nig', 'tt', 'ut'} and done.stdout.count('\n') == 1
+  assert 'step 2: validation' in done.stderr
+  errors = done.stderr
+  done = calrec('infer', '--gin_file=gin/runs/infer.gin', "--gin.CHECKPOINT_PATH='run'", *data, *small, '--json', cwd=tmp_path)
+  assert done.returncode == 0 and json.loads(done.stdout)['users'] == 20, done.stderr
+  errors += done.stderr
+  done = calrec('evaluate', '--gin_file=gin/runs/evaluate.gin', *data, "--gin.EVAL_OUTPUT_DIR='evaluate'",
+                '--gin.ranking.max_users=20', '--json', cwd=tmp_path)
+  assert done.returncode == 0 and 'calrec' in json.loads(done.stdout)['methods'], done.stderr
+  errors += done.stderr
+  assert not re.search(r'absl|cudart|oneDNN|cuInit|TensorFlow|Warning|save_interval', errors), errors
+  # Wrong input, as a process: one line, exit code 2.
+  done = calrec(*tiny.gin_arguments(tiny_store, 'stage1', 'other', '--gin.BATCH_SIZE=0'), cwd=tmp_path)
+  assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
+  assert done.stderr.startswith('calrec: error: BATCH_SIZE = 0')
+  assert not (tmp_path / 'other').exists()
