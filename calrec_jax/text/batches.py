@@ -218,7 +218,7 @@ class OnePass:
   def __init__(self, corpus: Corpus, *, batch_size: int, length: int, options: RowOptions, max_histories: int | None = None):
     self.corpus, B = corpus, batch_size
     self.excerpts = excerpts(corpus, length=length, targets=options.targets, context_items=options.context_items)
-    chosen = np.arange(len(self.excerpts))[:max_histories]
+    chosen = _spread_evenly(len(self.excerpts), max_histories)
     rows = _pack(self.excerpts, chosen, (length, length, length), None)
     rows += [np.zeros(0, np.int64)] * (-len(rows) % B)
     steps = [rows[i:i + B] for i in range(0, len(rows), B)]
@@ -238,6 +238,11 @@ class OnePass:
   def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
     """The arrays of batch `step`, or of some of its rows."""
     return build_rows(self.corpus, self.excerpts, self.layouts[step], self.shapes, rows)
+
+
+def _spread_evenly(n: int, most: int | None) -> np.ndarray:
+  """Up to `most` of the numbers below n, at even distances: of a mixture, each source gives its share."""
+  return np.arange(n) if most is None or most >= n else np.arange(most) * n // max(most, 1)
 
 
 def _fill(corpus: Corpus, cut: Excerpts, layouts: list[BatchLayout], shapes: Shapes) -> dict[str, float]:

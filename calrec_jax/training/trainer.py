@@ -40,7 +40,7 @@ class Schedule:
   Attributes:
     log_every: a line of metrics.
     eval_every: validation loss; 0: only at the end.
-    eval_histories: of the validation split, the first so many; None: all.
+    eval_histories: of the validation split, so many, evenly spread; None: all.
     save_every: a checkpoint; the last step is saved always.
     keep: newest checkpoints that are kept.
   """
