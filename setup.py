@@ -18,6 +18,7 @@ REQUIRES = [
     'seqio>=0.0.20',  # brings tensorflow, which only the data pipeline uses
     'gin-config>=0.5.0',
     'tensorflow-datasets>=4.9.10',
+    'importlib_resources>=5',  # tensorflow-datasets imports it and does not ask for it
     'numpy>=2.0',
     'scipy>=1.13',
     'duckdb>=2.0',

@@ -79,7 +79,7 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
                    data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
                    template=found.description['template'])
-  provenance.write_scalars(folder, {f'infer/{name}': value for name, value in report.items()})
+  provenance.write_scalars(folder, {f'infer/{name}': value for name, value in report.items() if name != 'split'})
   return report
 
 

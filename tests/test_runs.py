@@ -93,6 +93,13 @@ def test_inference_is_not_resumed_with_other_weights(tiny_store, trained, tmp_pa
     infer(tiny_store, tmp_path / trained.name, tmp_path / 'out')
 
 
+def test_texts_of_another_split_are_refused(tiny_store, trained, tmp_path):
+  infer(tiny_store, trained, tmp_path / 'infer', split='validation')
+  with pytest.raises(UserError, match='generated for the validation split, not for test'):
+    rank(tiny_store, tmp_path / 'out', generations=str(tmp_path / 'infer'))
+  assert not (tmp_path / 'out').exists()
+
+
 def test_a_vocabulary_that_was_exchanged_is_noticed(tiny_store, trained, tmp_path):
   copy = pathlib.Path(shutil.copytree(trained, tmp_path / 'copy'))
   cli.main(['vocabulary', '--data', str(tiny_store / 'data/games'), '--size', '300', '--out', str(tmp_path / 'other.json')])

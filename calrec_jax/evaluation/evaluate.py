@@ -13,7 +13,7 @@ from calrec_jax.errors import UserError
 from calrec_jax.evaluation import protocols
 from calrec_jax.evaluation.baselines import last_item, popularity, transitions
 from calrec_jax.evaluation.examples import examples
-from calrec_jax.evaluation.generations import Generation, read_generations, shares
+from calrec_jax.evaluation.generations import Generation, read_generations, shares, split_of
 from calrec_jax.evaluation.metrics import expected_metrics
 from calrec_jax.evaluation.rankings import read_rankings, write_rankings
 from calrec_jax.ranking import catalogue as catalogues
@@ -177,8 +177,12 @@ def _oracle_scorer(histories: Histories, split: str, oracle: Oracle) -> Scorer:
 def _generations_of(
   path: str | os.PathLike, histories: Histories, users: Sequence[int], split: str
 ) -> dict[str, Generation]:
-  """Reads generations; raises UserError unless all their users are of this data set and no judged user is missing."""
+  """Reads generations; raises UserError unless they are for this split and data set, and of all judged users."""
   found = read_generations(path)
+  made_for = split_of(path)
+  if made_for not in (None, split):
+    raise UserError(f'{path}: the texts were generated for the {made_for} split, not for {split}; set SPLIT to {made_for!r}, '
+                    f'or run `calrec infer` for {split}.')
   unknown = found.keys() - set(histories.user_ids)
   if unknown:
     raise UserError(f'{path}: {len(unknown)} of {len(found)} users are not in the data set {histories.name} (such as '

@@ -51,6 +51,16 @@ def read_generations(path: str | os.PathLike) -> dict[str, Generation]:
   return found
 
 
+def split_of(path: str | os.PathLike) -> str | None:
+  """The split that the texts were generated for, from the run.json beside them; None where nothing tells."""
+  path = pathlib.Path(path)
+  record = (path if path.is_dir() else path.parent) / 'run.json'
+  try:
+    return json.loads(record.read_text(encoding='utf-8'))['report']['split']
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
 def shares(generations: Iterable[Generation], texts: Container[str]) -> dict:
   """What became of the generated texts: counts and shares (0 to 1, over all users' distinct texts; None of none).
 

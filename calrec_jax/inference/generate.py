@@ -106,7 +106,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
     write_generations(path, ordered)
     partial.remove()
   n_cut = sum(len(items) < len(all_items) for (items, _), all_items in zip(kept, contexts, strict=True))
-  return {'users': len(users), 'users_cut': n_cut, 'users_resumed': n_resumed, 'max_new_tokens': max_new_tokens,
+  return {'split': split, 'users': len(users), 'users_cut': n_cut, 'users_resumed': n_resumed, 'max_new_tokens': max_new_tokens,
           **text_shares(ordered, catalogue_texts(item_tokens, vocabulary), n_samples),
           'seconds': round(time.monotonic() - began, 3)}
 
