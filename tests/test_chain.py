@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shlex
+import subprocess
 
 import numpy as np
 import pytest
@@ -114,12 +115,12 @@ def test_stage_two_of_the_paper_reads_its_settings(tiny_store, tmp_path):
   assert "rows.targets = 'last'" in text and 'objective.alpha = 0.125' in text
 
 
-def readme_commands() -> list[list[str]]:
-  """The `calrec` commands of the README, as argument lists."""
+def readme_commands(program: str) -> list[list[str]]:
+  """The README's commands of one program, as argument lists."""
   text = (ROOT / 'README.md').read_text(encoding='utf-8')
   blocks = re.findall(r'```bash\n(.*?)```', text, flags=re.DOTALL)
   commands = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
-  return [shlex.split(command)[1:] for command in commands if command.startswith('calrec ')]
+  return [shlex.split(command)[1:] for command in commands if command.startswith(f'{program} ')]
 
 
 def test_the_commands_of_the_readme(tmp_path, monkeypatch):
@@ -139,8 +140,17 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
                 '--gin.rows.window_steps=4', *tiny.gin(tiny.DECODER_GIN)],
       'infer': tiny.gin(['sample.max_users=8', 'sample.n_samples=2', 'sample.max_new_tokens=4']),
       'evaluate': tiny.gin(['ranking.max_users=8'])}
-  commands = readme_commands()
+  commands = readme_commands('calrec')
   assert {command[0] for command in commands} == {'prepare', 'vocabulary', 'train', 'infer', 'evaluate'}
   for command in commands:
     run(*command, *small.get(command[0], []))
   assert (tmp_path / 'runs/evaluate/metrics.json').exists()
+
+
+def test_the_readme_s_tpu_command_and_the_names_of_its_scripts():
+  [arguments] = readme_commands('launch/tpu_run.sh')
+  assert '--dry_run' in arguments
+  done = subprocess.run(['bash', 'launch/tpu_run.sh', *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert 'gcloud' in done.stdout and 'TRAIN_STEPS=10000' in done.stdout
+  for script in ('launch/demo.sh', 'launch/test.sh'):
+    assert readme_commands(script) and (ROOT / script).exists()
