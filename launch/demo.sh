@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain on a generated store: dumps, histories, two stages of finetuning, ranking, and the table.
 #
-#   launch/demo.sh                  about six minutes on two cores, after the installation
+#   launch/demo.sh                  about four minutes on two cores, after the installation
 #   launch/demo.sh --quick          a few steps of each stage: shows that every command runs, not how well it ranks
 #
 #   --out DIR      where everything goes (default runs/demo); must be unused
