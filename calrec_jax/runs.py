@@ -16,6 +16,7 @@ from calrec_jax.data import histories, oracle
 from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
+from calrec_jax.evaluation.generations import NAME as GENERATIONS
 from calrec_jax.inference.generate import generate
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.losses import Objective
@@ -26,8 +27,6 @@ from calrec_jax.text.templates import ItemTemplate
 from calrec_jax.text.vocabularies import load_vocabulary
 from calrec_jax.training import checkpoints
 from calrec_jax.training.train_step import init_params
-
-GENERATIONS = 'generations.jsonl.gz'
 
 
 def load_data(data_dir: str | os.PathLike, name: str) -> Histories:
@@ -124,8 +123,6 @@ def rank(*, data_dir: str, task_name: str, template: ItemTemplate, out: str, gen
     The metrics.
   """
   data = load_data(data_dir, task_name)
-  if generations is not None and os.path.isdir(generations):
-    generations = os.path.join(generations, GENERATIONS)
   ceiling = oracle.load_oracle(store, task_name).probabilities if store else None
   metrics = evaluate(histories=data, template=template, out=out, generations=generations, oracle=ceiling)
   provenance.write(out, gin_text=gin_text(), data={data.name: data.fingerprint}, generations=generations and str(generations))

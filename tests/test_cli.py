@@ -179,11 +179,11 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capsys):
-  from calrec_jax.data import synthetic
-  def full(path, rows):
+  from calrec_jax.data import json_lines
+  def full(path, rows, **_):
     path.write_bytes(b'half')
     raise OSError(errno.ENOSPC, 'No space left on device', str(path))
-  monkeypatch.setattr(synthetic, '_write_lines', full)
+  monkeypatch.setattr(json_lines, 'write', full)
   refused(capsys, ['synthesize', '--out', tmp_path / 'out', '--users', '5'], 'no space is left', absent=tmp_path / 'out')
 
 

@@ -11,13 +11,12 @@ A folder holds
 
 import dataclasses
 import functools
-import gzip
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import duckdb
 import numpy as np
@@ -140,8 +139,8 @@ def write(scratch: str | os.PathLike, histories: Histories, description: dict) -
     The description as stored: with format, name, statistics and fingerprint.
   """
   scratch = pathlib.Path(scratch)
-  _write_lines(scratch / 'sequences.jsonl.gz', _sequence_rows(histories))
-  _write_lines(scratch / 'items.jsonl.gz', ({'item_id': item_id, **{field: item[field] for field in FIELDS}}
+  json_lines.write(scratch / 'sequences.jsonl.gz', _sequence_rows(histories))
+  json_lines.write(scratch / 'items.jsonl.gz', ({'item_id': item_id, **{field: item[field] for field in FIELDS}}
                                             for item_id, item in zip(histories.item_ids, histories.items, strict=True)))
   description = {
       'format': FORMAT,
@@ -160,12 +159,6 @@ def _sequence_rows(histories: Histories) -> Iterator[dict]:
     if histories.timestamps is not None:
       row['timestamps'] = histories.timestamps[histories.offsets[user]:histories.offsets[user + 1]].tolist()
     yield row
-
-
-def _write_lines(path: pathlib.Path, rows: Iterable[dict]) -> None:
-  with path.open('wb') as raw, gzip.GzipFile(filename='', fileobj=raw, mode='wb', compresslevel=6, mtime=0) as file:
-    for row in rows:
-      file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
 
 
 def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str, out: str | os.PathLike,

@@ -1,4 +1,4 @@
-"""Files of JSON lines, gzipped or plain, read so that bad input is named by file and line."""
+"""Files of JSON lines: read, gzipped or plain, so that bad input is named by file and line; written in equal bytes."""
 
 import dataclasses
 import gzip
@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import tqdm
 
@@ -130,3 +130,10 @@ def objects(path: str | os.PathLike, bad: BadLines, *, progress: bool = True) ->
       yield number, row
     else:
       bad.add(number, f'a JSON {type(row).__name__}, where an object is expected')
+
+
+def write(path: pathlib.Path, rows: Iterable[Mapping], *, ensure_ascii: bool = False) -> None:
+  """Writes gzipped JSON lines, without name and time in the file: equal rows give equal bytes."""
+  with path.open('wb') as raw, gzip.GzipFile(filename='', fileobj=raw, mode='wb', compresslevel=6, mtime=0) as file:
+    for row in rows:
+      file.write(json.dumps(row, ensure_ascii=ensure_ascii).encode() + b'\n')

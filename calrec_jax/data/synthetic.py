@@ -14,18 +14,15 @@ one. What users buy follows `data/oracle.py`. The dirt, as it is found in the re
 
 import dataclasses
 import datetime
-import gzip
 import html
-import json
 import os
-import pathlib
 from collections.abc import Iterable
 
 import numpy as np
 import tqdm
 
 from calrec_jax import outputs
-from calrec_jax.data import oracle, store_words
+from calrec_jax.data import json_lines, oracle, store_words
 from calrec_jax.errors import UserError
 
 N_VOLUMES = 5
@@ -71,8 +68,8 @@ def synthesize(out: str | os.PathLike, *, users: int = 1200, items: int = 250, c
                           disable=not progress):
       shop = _stock(name, items, ids, brand_words, line_words, rng)
       reviews, meta = f'{name}_5.json.gz', f'meta_{name}.json.gz'
-      _write_lines(scratch / reviews, _review_rows(shop, users, ids, rng))
-      _write_lines(scratch / meta, _meta_rows(shop, ids, rng))
+      json_lines.write(scratch / reviews, _review_rows(shop, users, ids, rng), ensure_ascii=True)
+      json_lines.write(scratch / meta, _meta_rows(shop, ids, rng), ensure_ascii=True)
       oracle.save_oracle(scratch, name, shop.oracle)
       rows.append({'name': name, 'reviews': reviews, 'meta': meta})
     store = {'users_per_category': users, 'items_per_category': items, 'seed': seed, 'categories': rows}
@@ -219,9 +216,3 @@ def _dirty(item: dict, rng: np.random.Generator) -> dict:
   if rng.random() < 0.03:
     price = _STYLE_SHEET if rng.random() < 0.5 else '\n\t\t    \r\n   <div class="a-section a-spacing-none"'
   return {'title': title, 'category': levels, 'brand': brand, 'price': price}
-
-
-def _write_lines(path: pathlib.Path, rows: Iterable[dict]) -> None:
-  with path.open('wb') as raw, gzip.GzipFile(filename='', fileobj=raw, mode='wb', compresslevel=6, mtime=0) as file:
-    for row in rows:
-      file.write(json.dumps(row).encode() + b'\n')

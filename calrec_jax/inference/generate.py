@@ -5,9 +5,7 @@ The output is `generations.jsonl.gz`, a line a user: {"user_id": "u7", "texts": 
 """
 
 import functools
-import gzip
 import hashlib
-import json
 import os
 import pathlib
 import time
@@ -18,6 +16,7 @@ import numpy as np
 import tqdm
 
 from calrec_jax import outputs
+from calrec_jax.data import json_lines
 from calrec_jax.data.histories import Histories, visible
 from calrec_jax.errors import UserError
 from calrec_jax.inference.partial import Partial
@@ -195,11 +194,8 @@ def merge(texts: Iterable[str], logprobs: Iterable[float], finished: Iterable[bo
 def write_generations(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
   """Writes the output, whole or not at all, with the same bytes for the same rows."""
   try:
-    with outputs.new_file(path) as scratch, open(scratch, 'wb') as raw:
-      with gzip.GzipFile(filename='', mode='wb', fileobj=raw, mtime=0) as file:
-        for row in rows:
-          line = {name: row[name] for name in ('user_id', 'texts', 'logprobs', 'finished')}
-          file.write(json.dumps(line, ensure_ascii=False).encode() + b'\n')
+    with outputs.new_file(path) as scratch:
+      json_lines.write(scratch, ({name: row[name] for name in ('user_id', 'texts', 'logprobs', 'finished')} for row in rows))
   except OSError as error:
     raise UserError(f'{path}: cannot be written ({error.strerror}); make room, and run the same command again.'
                     ) from error
