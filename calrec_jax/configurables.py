@@ -17,7 +17,7 @@ from calrec_jax import runs
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.inference.generate import generate
-from calrec_jax.models.decoder import DecoderConfig
+from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
 from calrec_jax.ranking.bm25 import Bm25Options
 from calrec_jax.text.batches import RowOptions

@@ -8,7 +8,7 @@ import numpy as np
 
 from calrec_jax.data import histories
 from calrec_jax.data.histories import Histories
-from calrec_jax.models.decoder import DecoderConfig
+from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
 from calrec_jax.text.batches import RowOptions
 from calrec_jax.text.templates import ItemTemplate

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calrec_jax.models.decoder import Decoder, Step
+from calrec_jax.models.attention import Step
+from calrec_jax.models.decoder import Decoder
 
 
 @flax.struct.dataclass

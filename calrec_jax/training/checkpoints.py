@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from calrec_jax.errors import UserError
-from calrec_jax.models.decoder import DecoderConfig
+from calrec_jax.models.decoder_config import DecoderConfig
 
 FOLDER = 'checkpoints'
 VOCABULARY_FILE = 'vocabulary.json'

@@ -17,7 +17,8 @@ from calrec_jax.errors import UserError
 # Logical axis -> mesh axes; None is replicated. The only place that names mesh axes.
 AXIS_RULES = {
     'batch': ('data', 'fsdp'), 'length': None, 'activation_embed': None, 'layers': None,
-    'vocab': 'model', 'embed': 'fsdp', 'mlp': 'model', 'heads': 'model', 'kv_heads': 'model', 'kv': None, 'norm': None}
+    'vocab': 'model', 'embed': 'fsdp', 'mlp': 'model', 'heads': 'model', 'kv_heads': 'model', 'kv': None, 'norm': None,
+    'lora': None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 
 from calrec_jax import provenance
 from calrec_jax.errors import UserError
-from calrec_jax.models.decoder import Decoder, DecoderConfig
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import BatchPlan, OnePass, RowOptions

@@ -16,7 +16,8 @@ from calrec_jax.evaluation.generations import read_generations, shares
 from calrec_jax.inference import generate as module
 from calrec_jax.inference.generate import generate, merge, text_shares
 from calrec_jax.inference.sampling import Samples
-from calrec_jax.models.decoder import Decoder, DecoderConfig
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.text.item_tokens import ItemTokens, item_tokens
 from calrec_jax.text.templates import ItemTemplate
 from calrec_jax.text.vocabularies import template_phrases, train_vocabulary

@@ -1,5 +1,6 @@
 """Law 6: sampling with a shared prefix is plain forward passes; and the noise is what it is said to be."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,7 +11,9 @@ import pytest
 
 from calrec_jax.inference import sampling
 from calrec_jax.inference.sampling import choose, sample, sample_keys
-from calrec_jax.models.decoder import Decoder, DecoderConfig, Step
+from calrec_jax.models.attention import Step
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder_config import DecoderConfig
 
 V, EOS, T = 11, 1, 6
 DECODER = Decoder(DecoderConfig(vocab_size=V, n_layers=2, embed_dim=16, n_heads=4, n_kv_heads=2, head_dim=4, ff_dim=16,
@@ -25,7 +28,7 @@ KEYS_U = np.arange(6, dtype=np.uint32).reshape(3, 2)
 def parameters():
   """Wide weights: attention is far from uniform, and samples differ."""
   tokens = jnp.zeros((1, 4), jnp.int32)
-  params = nn.meta.unbox(jax.jit(DECODER.init)(jax.random.key(0), tokens, tokens + 1, tokens))['params']
+  params = nn.meta.unbox(jax.jit(DECODER.init)(jax.random.key(3), tokens, tokens + 1, tokens))['params']
   return jax.tree.map(lambda x: 3 * x, params)
 
 
@@ -262,3 +265,47 @@ def test_one_program_for_each_number_of_users_and_prefix_length():
 def test_a_mask_that_forbids_the_end_or_does_not_fit_is_an_error(forbidden):
   with pytest.raises(ValueError, match='forbidden'):
     draw(forbidden=forbidden)
+
+
+VARIANTS = {
+    'gemma2': {'layer_pattern': 'LG', 'window': 3, 'post_norms': True, 'norm_unit_offset': True, 'embed_scale': True,
+               'attention_softcap': 2.0, 'logit_softcap': 3.0, 'query_scale': 0.3, 'activation': 'gelu'},
+    'gemma3': {'layer_pattern': 'LLG', 'window': 4, 'local_rope_base': 10.0, 'qk_norm': True, 'rope_scaling': 'linear',
+               'rope_factor': 8.0},
+    'qwen2': {'qkv_bias': True, 'tied_head': False}, 'lora': {'lora_rank': 2}}
+
+
+def law_6(config: DecoderConfig, stepped: DecoderConfig) -> None:
+  """Log-probabilities sampled with `stepped`'s decoder are those of a plain forward pass of `config`'s."""
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  params = nn.meta.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), tokens, tokens + 1, tokens))['params']
+  leaves, tree = jax.tree.flatten(params)
+  drawn = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
+  params = jax.tree.unflatten(tree, [2 * x + 0.3 * noise for x, noise in zip(leaves, drawn, strict=True)])
+  samples = jax.device_get(sample(Decoder(stepped), params, TOKENS_UP, LENGTHS_U, KEYS_U, n_samples=2, temperature=2.0,
+                                  max_new_tokens=T, eos_id=EOS, forbidden=np.arange(V) == 0))
+  rows_BL = np.zeros((6, 8 + T), np.int32)
+  for row_L, user, n in zip(rows_BL, np.repeat(range(3), 2), [0, 1] * 3, strict=True):
+    row_L[:LENGTHS_U[user]] = TOKENS_UP[user, :LENGTHS_U[user]]
+    row_L[LENGTHS_U[user]:LENGTHS_U[user] + T] = samples.tokens_UNT[user, n]
+  decoder = Decoder(config)
+  states = decoder.apply({'params': params}, rows_BL, np.ones_like(rows_BL), np.arange(8 + T)[None].repeat(6, 0))
+  logprobs = jax.nn.log_softmax(decoder.apply({'params': params}, states, method='logits'))
+  for row, (row_L, user, n) in enumerate(zip(rows_BL, np.repeat(range(3), 2), [0, 1] * 3, strict=True)):
+    count = samples.lengths_UN[user, n] + samples.finished_UN[user, n]
+    places = LENGTHS_U[user] - 1 + np.arange(count)
+    expected = float(np.asarray(logprobs)[row, places, row_L[places + 1]].sum())
+    np.testing.assert_allclose(samples.logprobs_UN[user, n], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_steps_of_every_variant_are_a_plain_forward_pass(name):
+  config = dataclasses.replace(DECODER.config, n_layers=4, **VARIANTS[name])
+  law_6(config, config)
+
+
+@pytest.mark.parametrize('mutant', [{'window': 5}, {'attention_softcap': None}, {'query_scale': None}])
+def test_the_comparison_of_variants_fails_when_steps_have_another(mutant):
+  config = dataclasses.replace(DECODER.config, n_layers=4, **VARIANTS['gemma2'])
+  with pytest.raises(AssertionError):
+    law_6(config, dataclasses.replace(config, **mutant))

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from calrec_jax.errors import UserError
-from calrec_jax.models.decoder import Decoder, DecoderConfig, Whole, causal_mask, rotate
+from calrec_jax.models.attention import Whole, causal_mask
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder_config import DecoderConfig
+from calrec_jax.models.rope import frequencies, rotation, scaled
 
 CONFIG = DecoderConfig(vocab_size=23, n_layers=3, embed_dim=16, n_heads=4, n_kv_heads=2, head_dim=8, ff_dim=24,
                        dtype='float32')
@@ -49,30 +52,53 @@ def numpy_hidden(params, config: DecoderConfig, tokens_L, positions_L):
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
   def norm(x_LD, scale_D):
-    return x_LD / np.sqrt((x_LD**2).mean(-1, keepdims=True) + config.norm_eps) * scale_D
+    return x_LD / np.sqrt((x_LD**2).mean(-1, keepdims=True) + config.norm_eps) * (scale_D + config.norm_unit_offset)
 
-  def turn(x_LHK):
+  def turn(x_LHK, local):
     half = config.head_dim // 2
-    angle_LK = positions_L[:, None] / config.rope_base ** (np.arange(half) / half)
+    local = local and config.local_rope_base is not None
+    angle_LK = positions_L[:, None] / (config.local_rope_base if local else config.rope_base) ** (np.arange(half) / half)
+    if config.rope_scaling == 'linear' and not local:
+      angle_LK = angle_LK / config.rope_factor
     z_LHK = (x_LHK[..., :half] + 1j * x_LHK[..., half:]) * np.exp(1j * angle_LK)[:, None]
     return np.concatenate([z_LHK.real, z_LHK.imag], -1)
 
-  x_LD = params['embedding'][tokens_L]
+  def linear(x, p, formula):
+    y = np.einsum(formula, x, p['kernel']) + p.get('bias', 0)
+    if 'lora_a' in p:
+      a, b = p['lora_a'], p['lora_b']
+      product = (a.reshape(-1, a.shape[-1]) @ b.reshape(len(b), -1)).reshape(p['kernel'].shape)
+      y = y + np.einsum(formula, x, product) * config.lora_alpha / config.lora_rank
+    return y
+
+  def cap(x, most):
+    return x if most is None else most * np.tanh(x / most)
+
+  scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+  x_LD = params['embedding'][tokens_L] * (config.embed_dim**0.5 if config.embed_scale else 1)
   for layer in range(config.n_layers):
+    local = config.layer_pattern[layer % len(config.layer_pattern)] == 'L'
     p = jax.tree.map(lambda x: x[layer], params['layers'])  # noqa: B023 (called at once)
     a, y_LD = p['attention'], norm(x_LD, p['attention_norm']['scale'])
-    q_LHK, k_LGK = turn(np.einsum('ld,dhk->lhk', y_LD, a['query'])), turn(np.einsum('ld,dhk->lhk', y_LD, a['key']))
-    v_LGK = np.einsum('ld,dhk->lhk', y_LD, a['value'])
+    q_LHK, k_LGK, v_LGK = (linear(y_LD, a[name], 'ld,dhk->lhk') for name in ('query', 'key', 'value'))
+    if config.qk_norm:
+      q_LHK, k_LGK = norm(q_LHK, a['query_norm']['scale']), norm(k_LGK, a['key_norm']['scale'])
+    q_LHK, k_LGK, out_LHK = turn(q_LHK, local), turn(k_LGK, local), np.zeros_like(q_LHK)
     for head in range(config.n_heads):
       group = head // (config.n_heads // config.n_kv_heads)
-      scores_LL = q_LHK[:, head] @ k_LGK[:, group].T / np.sqrt(config.head_dim)
-      scores_LL = np.where(np.tril(np.ones_like(scores_LL)), scores_LL, -np.inf)
+      scores_LL = cap(q_LHK[:, head] @ k_LGK[:, group].T * scale, config.attention_softcap)
+      seen_LL = np.tril(np.ones_like(scores_LL)) - np.tril(np.ones_like(scores_LL), -config.window if local else -99)
+      scores_LL = np.where(seen_LL, scores_LL, -np.inf)
       weights_LL = np.exp(scores_LL - scores_LL.max(-1, keepdims=True))
-      weights_LL /= weights_LL.sum(-1, keepdims=True)
-      x_LD = x_LD + weights_LL @ v_LGK[:, group] @ a['out'][head]
+      out_LHK[:, head] = weights_LL / weights_LL.sum(-1, keepdims=True) @ v_LGK[:, group]
+    y_LD = linear(out_LHK, a['out'], 'lhk,hkd->ld')
+    x_LD = x_LD + (norm(y_LD, p['post_attention_norm']['scale']) if config.post_norms else y_LD)
     m, y_LD = p['mlp'], norm(x_LD, p['mlp_norm']['scale'])
-    gate_LF = y_LD @ m['gate']
-    x_LD = x_LD + (gate_LF / (1 + np.exp(-gate_LF)) * (y_LD @ m['up'])) @ m['down']
+    gate_LF = linear(y_LD, m['gate'], 'ld,df->lf')
+    gelu_LF = gate_LF / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate_LF + 0.044715 * gate_LF**3)))
+    gate_LF = gelu_LF if config.activation == 'gelu' else gate_LF / (1 + np.exp(-gate_LF))
+    y_LD = linear(gate_LF * linear(y_LD, m['up'], 'ld,df->lf'), m['down'], 'lf,fd->ld')
+    x_LD = x_LD + (norm(y_LD, p['post_mlp_norm']['scale']) if config.post_norms else y_LD)
   return norm(x_LD, params['final_norm']['scale'])
 
 
@@ -85,13 +111,58 @@ def test_hidden_states_are_those_of_a_plain_decoder_with_repeated_heads(n_kv_hea
   close(hidden(decoder, params, tokens, segments, positions)[0], expected_LD)
 
 
+VARIANTS = {
+    'offset': {'norm_unit_offset': True}, 'post_norms': {'post_norms': True}, 'qk_norm': {'qk_norm': True},
+    'biases': {'qkv_bias': True, 'out_bias': True, 'mlp_bias': True}, 'gelu': {'activation': 'gelu'},
+    'scales': {'query_scale': 0.2, 'embed_scale': True, 'head_dim': 6}, 'softcap': {'attention_softcap': 2.0},
+    'linear': {'rope_scaling': 'linear', 'rope_factor': 4.0}, 'local': {'layer_pattern': 'L', 'window': 3},
+    'pattern': {'layer_pattern': 'LG', 'window': 2, 'rope_base': 50.0, 'local_rope_base': 5.0, 'rope_scaling': 'linear',
+                'rope_factor': 8.0},
+    'lora': {'lora_rank': 2, 'lora_alpha': 6.0}}
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_every_variant_is_that_of_the_plain_decoder(name):
+  config = dataclasses.replace(CONFIG, **VARIANTS[name])
+  decoder, params = initial(config)
+  rng = np.random.default_rng(1)  # what starts at 0 (biases, Gemma's scales, a factor) would prove nothing
+  params = jax.tree.map(lambda x: x if x.any() else jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+  tokens, segments, positions = row(9)
+  actual_LD = hidden(decoder, params, tokens, segments, positions)[0]
+  close(actual_LD, numpy_hidden(params, config, np.asarray(tokens[0]), np.asarray(positions[0])))
+  if 'lora' not in name and 'norm' not in name and 'bias' not in name:  # mutants: the same weights without the variant
+    with pytest.raises(AssertionError):
+      close(actual_LD, numpy_hidden(params, dataclasses.replace(CONFIG, head_dim=config.head_dim), np.asarray(tokens[0]),
+                                    np.asarray(positions[0])))
+
+
+def test_logits_are_capped():
+  config = dataclasses.replace(CONFIG, logit_softcap=2.0)
+  _, params = initial(config)
+  states = hidden(Decoder(CONFIG), params, *row(5))
+  plain = np.asarray(hidden(Decoder(CONFIG), params, states, method='logits'))
+  close(hidden(Decoder(config), params, states, method='logits'), 2 * np.tanh(plain / 2))
+  assert np.abs(plain).max() > 2
+
+
+def test_wave_lengths_of_llama3_are_kept_below_stretched_above_and_mixed_between():
+  config = DecoderConfig(head_dim=64, rope_base=500_000.0, rope_scaling='llama3', rope_factor=32.0)
+  plain_K = frequencies(64, 500_000.0)
+  length_K, ratio_K = 2 * np.pi / plain_K, plain_K / scaled(plain_K, config)
+  np.testing.assert_allclose(ratio_K[length_K < 8192 / 4], 1)
+  np.testing.assert_allclose(ratio_K[length_K > 8192], 32)
+  between_K = ratio_K[(length_K > 8192 / 4) & (length_K < 8192)]
+  assert len(between_K) and ((between_K > 1) & (between_K < 32)).all() and (np.diff(ratio_K) >= 0).all()
+
+
 def test_the_comparison_sees_other_groups_and_other_positions():
   decoder, params = initial(CONFIG)
   tokens, segments, positions = row(9)
   actual_LD = hidden(decoder, params, tokens, segments, positions)[0]
   swapped = jax.tree.map(lambda x: x, params)
-  swapped['layers']['attention']['query'] = params['layers']['attention']['query'][:, :, np.array([0, 2, 1, 3])]
-  swapped['layers']['attention']['out'] = params['layers']['attention']['out'][:, np.array([0, 2, 1, 3])]
+  query, out = (swapped['layers']['attention'][name] for name in ('query', 'out'))
+  query['kernel'] = query['kernel'][:, :, np.array([0, 2, 1, 3])]
+  out['kernel'] = out['kernel'][:, np.array([0, 2, 1, 3])]
   with pytest.raises(AssertionError):  # heads in turn instead of in runs: h % G, not h // R
     close(actual_LD, numpy_hidden(swapped, CONFIG, np.asarray(tokens[0]), np.arange(9)))
   with pytest.raises(AssertionError):
@@ -161,11 +232,13 @@ def test_packed_segments_have_the_hidden_states_that_they_have_alone():
 
 def test_rotary_scores_depend_on_the_distance_alone():
   q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
-  score = lambda i, j: jnp.sum(rotate(q, jnp.array([[i]]), 100.0) * rotate(k, jnp.array([[j]]), 100.0))
+  config = DecoderConfig(head_dim=8, rope_base=100.0)
+  rotate = lambda x, i: rotation(config, jnp.array([[i]])).rotate(x, None)
+  score = lambda i, j: jnp.sum(rotate(q, i) * rotate(k, j))
   for shift in (1, 5, 40):
     np.testing.assert_allclose(score(7 + shift, 3 + shift), score(7, 3), rtol=1e-4)
   assert abs(score(7, 3) - score(7, 4)) > 1e-2
-  np.testing.assert_allclose(rotate(q, jnp.array([[0]]), 100.0), q)
+  np.testing.assert_allclose(rotate(q, 0), q)
 
 
 def test_moving_a_whole_segment_changes_nothing_and_moving_half_of_it_does():
@@ -188,7 +261,7 @@ def test_layers_are_an_axis_of_the_parameters_and_every_axis_is_named():
   layers = jax.tree.leaves(params['layers'], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
   assert {box.names[0] for box in layers} == {'layers'} and {len(box.value) for box in layers} == {CONFIG.n_layers}
   assert not np.allclose(layers[0].value[0], layers[0].value[1]) or layers[0].names[-1] == 'norm'
-  query_LDHK = nn.meta.unbox(params)['layers']['attention']['query']
+  query_LDHK = nn.meta.unbox(params)['layers']['attention']['query']['kernel']
   assert query_LDHK.shape == (3, 16, 4, 8) and not np.allclose(query_LDHK[0], query_LDHK[1])
 
 
@@ -201,7 +274,7 @@ def test_prefill_is_the_forward_pass_and_keeps_keys_and_values_of_all_layers():
   y_BLD = np.asarray(params['embedding'])[np.asarray(inputs[0])]
   y_BLD = y_BLD / np.sqrt((y_BLD**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
   y_BLD = y_BLD * np.asarray(params['layers']['attention_norm']['scale'][0])
-  close(cache.values[0], np.einsum('bld,dgk->blgk', y_BLD, params['layers']['attention']['value'][0]))
+  close(cache.values[0], np.einsum('bld,dgk->blgk', y_BLD, params['layers']['attention']['value']['kernel'][0]))
 
 
 def test_empty_suffix_has_a_place_for_each_step():
@@ -261,7 +334,13 @@ def test_bfloat16_is_close_to_float32():
 
 @pytest.mark.parametrize('wrong, named', [
     ({'n_heads': 4, 'n_kv_heads': 3}, 'decoder.n_kv_heads'), ({'head_dim': 7}, 'decoder.head_dim'),
-    ({'remat': 'some'}, 'decoder.remat'), ({'dtype': 'float16'}, 'decoder.dtype')])
+    ({'remat': 'some'}, 'decoder.remat'), ({'dtype': 'float16'}, 'decoder.dtype'),
+    ({'activation': 'relu'}, 'decoder.activation'),
+    ({'layer_pattern': 'GX'}, 'decoder.layer_pattern'), ({'layer_pattern': 'GL'}, 'decoder.window'),
+    ({'window': 4}, 'decoder.window'),
+    ({'window': 0, 'layer_pattern': 'L'}, 'decoder.window'), ({'lora_rank': -1}, 'decoder.lora_rank'),
+    ({'lora_rank': 2, 'lora_targets': ()}, 'decoder.lora_targets'), ({'lora_targets': ('head',)}, 'decoder.lora_targets'),
+    ({'rope_scaling': 'llama3', 'rope_low_freq_factor': 4.0}, 'decoder.rope_high_freq_factor')])
 def test_a_shape_that_cannot_be_is_refused(wrong, named):
   with pytest.raises(UserError, match=named):
     DecoderConfig(vocab_size=8, **wrong)

@@ -12,7 +12,8 @@ from toy_corpus import random_corpus
 
 from calrec_jax.models import decoder as decoder_lib
 from calrec_jax.models import losses, two_tower
-from calrec_jax.models.decoder import Decoder, DecoderConfig
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import OnePass, RowOptions
