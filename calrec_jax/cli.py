@@ -113,6 +113,38 @@ def _vocabulary(options: argparse.Namespace) -> Outcome:
   return report, f'Wrote {options.out}: {vocabulary.vocab_size} tokens, trained on {len(texts)} item texts.'
 
 
+def _import(options: argparse.Namespace) -> Outcome:
+  _import_tensorflow()
+  from calrec_jax.pretrained import importing
+  report = importing.import_model(options.source, options.out, dtype=options.dtype, eos_token=options.eos_token,
+                                  bos_token=options.bos_token)
+  return report, (
+      f'{report["name"]}: {report["architecture"]}, {report["parameters"]:,} parameters, {report["layers"]} layers, licence '
+      f'{report["license"] or "not stated"}.\nVocabulary: {report["vocabulary"]:,} tokens for {report["embedding_rows"]:,} rows; '
+      f'a text begins with {report["bos"] or "nothing"} and ends with {report["eos"]}.\n'
+      f'Wrote {report["out"]}, in {report["dtype"]}: '
+      f"train with --gin_file={report['out']}/{importing.GIN_FILE}, --gin.INITIAL_CHECKPOINT_PATH='\"{report['out']}\"' and "
+      f"--gin.VOCABULARY='\"{report['out']}/vocabulary.json\"'.")
+
+
+def _export(options: argparse.Namespace) -> Outcome:
+  _import_tensorflow()
+  from calrec_jax.pretrained import exporting
+  report = exporting.export_model(options.checkpoint, options.out, metrics=options.metrics)
+  return report, (f'Wrote {report["out"]}: {report["architecture"]}, {report["parameters"]:,} parameters of {report["dtype"]} '
+                  f'in {report["files"]} file(s), for transformers.AutoModelForCausalLM.')
+
+
+def _score(options: argparse.Namespace) -> Outcome:
+  _import_tensorflow()
+  from calrec_jax.inference import loading, score
+  report = score.score_text(loading.load(options.checkpoint), options.text)
+  rows = zip(report['token_ids'], report['tokens'], report['logprobs'], strict=True)
+  lines = [f'{i:>8}  {"":>10}  {token!r}' if logprob is None else f'{i:>8}  {logprob:>10.4f}  {token!r}'
+           for i, token, logprob in rows]
+  return report, '\n'.join([*lines, f'sum of log-probabilities: {sum(report["logprobs"][1:]):.4f} nats'])
+
+
 def _configured(verb: str) -> Callable[[argparse.Namespace], Any]:
   """Runs the function that gin knows by the verb's name."""
   def run(options: argparse.Namespace) -> Any:
@@ -191,6 +223,16 @@ def parser() -> argparse.ArgumentParser:
   verb.add_argument('--fields', nargs='+', help='as text.fields in the runs (default: all)')
   verb.add_argument('--unknown', default='write', help='as text.unknown in the runs (default %(default)s)')
 
+  verb = _verb(verbs, 'import', _import, 'turn a pretrained model into a checkpoint to start from',
+               'calrec import --from SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2')
+  verb.add_argument('--from', required=True, dest='source', metavar='DIR_OR_GGUF',
+                    help='Hugging Face folder (config.json, safetensors, tokenizer) or GGUF file')
+  verb.add_argument('--out', required=True, help='checkpoint to write')
+  verb.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'),
+                    help='of the weights; auto: bfloat16 if the source has nothing else (default %(default)s)')
+  verb.add_argument('--eos_token', help='text of the token that ends a text (default: as the tokenizer says)')
+  verb.add_argument('--bos_token', help="text of the token that begins a text, '' for none (default: as the tokenizer says)")
+
   for name, run, about, example in (
       ('train', _train, 'finetune one stage; the same command resumes it',
        "calrec train --gin_file=gin/models/tiny.gin --gin_file=gin/runs/stage1.gin --gin.MODEL_DIR='\"runs/stage1\"' \\\n"
@@ -204,6 +246,16 @@ def parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, name, run, about, example, more=GIN_HELP)
     verb.add_argument('--gin_file', action='append', default=[], metavar='FILE', help='gin file; may be repeated')
     verb.add_argument('--gin_search_paths', default='', metavar='DIR,DIR', help='more folders to look for gin files in')
+
+  verb = _verb(verbs, 'score', _score, "show a text's tokens and their log-probabilities, to see that an import is right",
+               "calrec score --checkpoint runs/smollm2 --text 'The capital of France is Paris.'")
+  verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')
+  verb.add_argument('--text', required=True, help='what is read')
+  verb = _verb(verbs, 'export', _export, 'write a checkpoint as a Hugging Face folder, with its tokenizer and a model card',
+               'calrec export --checkpoint runs/stage2 --out exported --metrics runs/evaluate/metrics.json')
+  verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')
+  verb.add_argument('--out', required=True, help='folder to write')
+  verb.add_argument('--metrics', metavar='FILE', help='metrics.json of `calrec evaluate`, for the model card')
   return root
 
 

@@ -1,13 +1,13 @@
 """The jobs that begin with names: a checkpoint, a data set, a file of generations become objects, and the work is called."""
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -18,15 +18,9 @@ from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.evaluation.generations import NAME as GENERATIONS
 from calrec_jax.inference.generate import generate
-from calrec_jax.models.decoder import Decoder
-from calrec_jax.models.losses import Objective
-from calrec_jax.models.two_tower import TwoTower
+from calrec_jax.inference.loading import load
 from calrec_jax.text.item_tokens import load_item_tokens
-from calrec_jax.text.rows import Shapes
 from calrec_jax.text.templates import ItemTemplate
-from calrec_jax.text.vocabularies import load_vocabulary
-from calrec_jax.training import checkpoints
-from calrec_jax.training.train_step import init_params
 
 
 def load_data(data_dir: str | os.PathLike, name: str) -> Histories:
@@ -55,29 +49,20 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   Returns:
     The report of `generate`.
   """
-  found = checkpoints.find(checkpoint)
-  vocabulary = load_vocabulary(found.vocabulary_path)
-  if vocabulary.fingerprint != found.description['vocabulary']:
-    raise UserError(f'{found.vocabulary_path}: is not the vocabulary that the checkpoint was trained with; restore the file.')
-  template = ItemTemplate(**found.description['template'])
-  lengths = found.description['task_feature_lengths']
   data = load_data(data_dir, task_name)
-  decoder = Decoder(found.decoder_config(dtype=dtype))
-  model = TwoTower(decoder, Objective())
-  abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0), Shapes(1, 8, 8, 1, 1, 1)))
-  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), nn.unbox(abstract))
-  params = checkpoints.load(found, params=plain)['params']['decoder']
+  loaded = load(checkpoint, dtype=dtype)
+  vocabulary, found = loaded.vocabulary, loaded.found
   folder = pathlib.Path(out)
   with _folder(folder):
     report = sample(
-        decoder=decoder, params=params, vocabulary=vocabulary, histories=data,
-        item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, template, vocabulary), out=folder / GENERATIONS,
-        identity=f'{found.model_dir.name} step {found.step}, weights {fingerprint(params)[:16]}',
-        max_prefix_length=lengths['inputs'], max_item_tokens=lengths['targets'])
+        decoder=loaded.decoder, params=loaded.params, vocabulary=vocabulary, histories=data,
+        item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, loaded.template, vocabulary),
+        out=folder / GENERATIONS,
+        identity=f'{found.model_dir.name} step {found.step}, weights {fingerprint(loaded.params)[:16]}',
+        max_prefix_length=loaded.lengths['inputs'], max_item_tokens=loaded.lengths['targets'])
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
                    data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
-                   template=found.description['template'])
+                   template=dataclasses.asdict(loaded.template))
   provenance.write_scalars(folder, {f'infer/{name}': value for name, value in report.items() if name != 'split'})
   return report
 

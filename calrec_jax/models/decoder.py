@@ -6,6 +6,8 @@ layers: which kind a layer is goes into the scan as data. Norms, softmax and log
 Axes: B rows, L length, D embed, V vocabulary; in decoding U users, N samples of each, P prefix length, T suffix length.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -101,3 +103,9 @@ class Decoder(nn.Module):
     c = self.config
     shape = (c.n_layers, users, samples, length, c.n_kv_heads, c.head_dim)
     return Cache(jnp.zeros(shape, c.compute_dtype), jnp.zeros(shape, c.compute_dtype))
+
+
+def abstract_params(config: DecoderConfig) -> Any:
+  """Shapes and dtypes of the decoder's parameters, as a tree without boxes."""
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)['params'])

@@ -1,7 +1,8 @@
 """A tokenizer file as a SeqIO vocabulary: what text becomes which token ids, and back.
 
 Vocabularies are `tokenizer.json` files of the `tokenizers` library: trained here on a catalogue (byte-level BPE in
-which each fixed phrase of the template is one token), or from a pretrained model.
+which each fixed phrase of the template is one token), or from a pretrained model, whose SentencePiece model or GGUF file is
+made into one.
 """
 
 import functools
@@ -19,6 +20,8 @@ import tokenizers
 
 from calrec_jax import outputs
 from calrec_jax.errors import UserError
+from calrec_jax.gguf_files import GgufFile
+from calrec_jax.text import gguf_tokenizer, sentencepiece_model
 from calrec_jax.text.templates import FIRST, NEXT, ItemTemplate
 
 PAD, EOS = '<pad>', '</s>'  # ids 0 and 1 of a vocabulary trained here
@@ -100,6 +103,25 @@ class TokenizerVocabulary(seqio.Vocabulary):
     with outputs.new_file(path) as scratch:
       scratch.write_text(self._spec, encoding='utf-8')
 
+  def token(self, token_id: int) -> str:
+    """What a token stands for, to be read; of a part of a letter the sign for an unknown one."""
+    return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+  def write_huggingface(self, folder: str | os.PathLike) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` into a folder, for transformers' `AutoTokenizer`.
+
+    It gives the ids of `encode`, with BOS before them where there is one.
+    """
+    name = lambda token_id: self._tokenizer.id_to_token(token_id)
+    bos = None if self.bos_id is None else name(self.bos_id)
+    spec = json.loads(self._spec) | {'post_processor': _post_processor(self._tokenizer, bos, None)}
+    pads = self.pad_id not in (self.eos_id, self.bos_id) and not self.decode([self.pad_id])
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': bos, 'eos_token': name(self.eos_id),
+              'pad_token': name(self.pad_id if pads else self.eos_id), 'clean_up_tokenization_spaces': False}
+    outputs.write_json(pathlib.Path(folder) / 'tokenizer_config.json', config)
+    with outputs.new_file(pathlib.Path(folder) / 'tokenizer.json') as scratch:
+      scratch.write_text(json.dumps(spec, ensure_ascii=False), encoding='utf-8')
+
   def __eq__(self, other: object) -> bool:
     return isinstance(other, TokenizerVocabulary) and self.fingerprint == other.fingerprint
 
@@ -115,13 +137,14 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
 def load_vocabulary(path: str | os.PathLike, *, eos_token: str | None = None,
                     bos_token: str | None = None) -> TokenizerVocabulary:
-  """Reads a tokenizer.json: one written by `TokenizerVocabulary.save`, or a pretrained model's.
+  """Reads a vocabulary: one written by `TokenizerVocabulary.save`, or a pretrained model's.
 
   A space that the tokenizer would put before each text is switched off: the pieces of a history are tokenized on their
   own, and must join to the whole text.
 
   Args:
-    path: the file, or a folder that holds `tokenizer.json`.
+    path: a tokenizer.json, a SentencePiece `*.model`, a `*.gguf`, or a folder that holds a `tokenizer.json` or
+      `tokenizer.model`.
     eos_token: the text of the end token. None: the one that the file puts at the end of a text, else that of
       `tokenizer_config.json` beside it, else a usual name.
     bos_token: the text of the token that starts a row; '' for none. None: the one that the file puts there, if any.
@@ -129,20 +152,15 @@ def load_vocabulary(path: str | os.PathLike, *, eos_token: str | None = None,
   Raises:
     UserError: no such file, no tokenizer in it, or a token that it does not have.
   """
-  path = pathlib.Path(path)
-  path = path / 'tokenizer.json' if path.is_dir() else path
+  path = _file(pathlib.Path(path))
+  spec, bos, eos = _read(path)
   try:
-    spec = json.loads(path.read_text(encoding='utf-8'))
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
-  except OSError as error:
-    raise UserError(f'{path}: the vocabulary cannot be read ({error.strerror}); give the path of a tokenizer.json.'
-                    ) from error
   except Exception as error:  # the Rust library raises bare `Exception`s
     raise UserError(f'{path}: not a tokenizer.json of the `tokenizers` library ({error}).') from error
   special = [token['content'] for token in spec.get('added_tokens') or [] if token['special']]
-  bos, eos = _template_ends(spec.get('post_processor'))
   bos = bos if bos_token is None else bos_token or None
-  eos = eos_token or eos or _config_eos(path) or next((name for name in _EOS_NAMES if name in special), None)
+  eos = eos_token or eos or next((name for name in _EOS_NAMES if name in special), None)
   if eos is None:
     raise UserError(f'{path}: which token ends a text is not known; name it as eos_token, one of {special}.')
   for name in filter(None, (bos, eos)):
@@ -196,19 +214,54 @@ def template_phrases(template: ItemTemplate) -> list[str]:
   return phrases
 
 
+def _file(path: pathlib.Path) -> pathlib.Path:
+  """The file that holds the vocabulary of a folder."""
+  if not path.is_dir():
+    return path
+  names = ('tokenizer.json', 'tokenizer.model')
+  return next((path / name for name in names if (path / name).exists()), path / names[0])
+
+
+def _read(path: pathlib.Path) -> tuple[dict, str | None, str | None]:
+  """(a tokenizer.json, BOS where texts begin with one, EOS) of a file of any kind."""
+  if path.suffix == '.gguf':
+    return gguf_tokenizer.read(GgufFile(path).metadata, str(path))
+  config = _config(path)
+  eos = config.get('eos_token')
+  config_eos = eos.get('content') if isinstance(eos, dict) else eos
+  if path.suffix == '.model':
+    spec, bos, eos = sentencepiece_model.read(path)
+    return spec, bos if config.get('add_bos_token', True) else None, config_eos or eos
+  try:
+    spec = json.loads(path.read_text(encoding='utf-8'))
+    bos, eos = _template_ends(spec.get('post_processor'))
+  except OSError as error:
+    raise UserError(f'{path}: the vocabulary cannot be read ({error.strerror}); give the path of a tokenizer.json.'
+                    ) from error
+  except (ValueError, AttributeError, KeyError, TypeError) as error:
+    raise UserError(f'{path}: not a tokenizer.json of the `tokenizers` library ({error}).') from error
+  return spec, bos, eos or config_eos
+
+
 def _vocabulary(spec: dict, *, bos: str | None, eos: str) -> TokenizerVocabulary:
   """The vocabulary of a parsed tokenizer.json, cut-safe, with `bos` and `eos` written down in its post-processor.
 
   The JSON is edited, not written anew by the library: a fingerprint outlives the library's versions.
   """
   tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+  plain = _without_added_space(spec) | {'truncation': None, 'padding': None,
+                                        'post_processor': _post_processor(tokenizer, bos, eos)}
+  return TokenizerVocabulary(json.dumps(plain, ensure_ascii=False))
+
+
+def _post_processor(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> dict | None:
+  """The part of a tokenizer.json that writes BOS before a text and EOS after it."""
   text_a, text_b = ({'Sequence': {'id': name, 'type_id': 0}} for name in 'AB')
   before, after = ([{'SpecialToken': {'id': name, 'type_id': 0}}] if name else [] for name in (bos, eos))
   ends = {name: {'id': name, 'ids': [tokenizer.token_to_id(name)], 'tokens': [name]} for name in (bos, eos) if name}
-  template = {'type': 'TemplateProcessing', 'single': [*before, text_a, *after], 'pair': [text_a, text_b],
-              'special_tokens': ends}
-  plain = _without_added_space(spec) | {'truncation': None, 'padding': None, 'post_processor': template}
-  return TokenizerVocabulary(json.dumps(plain, ensure_ascii=False))
+  if not ends:
+    return None
+  return {'type': 'TemplateProcessing', 'single': [*before, text_a, *after], 'pair': [text_a, text_b], 'special_tokens': ends}
 
 
 def _template_ends(processor: dict | None) -> tuple[str | None, str | None]:
@@ -225,13 +278,12 @@ def _template_ends(processor: dict | None) -> tuple[str | None, str | None]:
   return (names[0] if text else None), (names[-1] if text < len(names) - 1 else None)
 
 
-def _config_eos(path: pathlib.Path) -> str | None:
-  """The `eos_token` of the tokenizer_config.json beside `path`, if there is one."""
+def _config(path: pathlib.Path) -> dict:
+  """The tokenizer_config.json beside `path`; {} if there is none."""
   try:
-    token = json.loads(path.with_name('tokenizer_config.json').read_text(encoding='utf-8')).get('eos_token')
+    return json.loads(path.with_name('tokenizer_config.json').read_text(encoding='utf-8'))
   except (OSError, ValueError):
-    return None
-  return token.get('content') if isinstance(token, dict) else token
+    return {}
 
 
 def _without_added_space(part: object) -> object:

@@ -10,7 +10,9 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
 
 from calrec_jax.errors import UserError
 from calrec_jax.models.decoder_config import DecoderConfig
@@ -38,6 +40,19 @@ class Found:
   def decoder_config(self, **changes: Any) -> DecoderConfig:
     """The shape that was trained; `changes` set what is not part of the shape (dtype, remat, dropout)."""
     return DecoderConfig(**{**self.description['decoder'], **changes})
+
+
+def write_params(model_dir: str | pathlib.Path, params: Any, description: dict[str, Any]) -> None:
+  """Writes weights that were not trained here as step 0 of the folder of a run: numpy arrays, of which no copy is made."""
+  folder = pathlib.Path(model_dir).absolute() / FOLDER / '0'
+  # Uncompressed and not copied first: the memory that is needed is that of the arrays.
+  handlers = type_handlers.create_type_handler_registry(
+      (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, type_handlers.ArrayHandler()))
+  handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=handlers)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder / 'params', args=ocp.args.PyTreeSave(params))
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    checkpointer.save(folder / 'description', args=ocp.args.JsonSave(description))
 
 
 class Checkpoints:
@@ -108,17 +123,21 @@ def load(found: Found, **items: Any) -> dict[str, Any]:
 
 
 def check_fits(found: Found, *, decoder: DecoderConfig, vocabulary: str, template: dict[str, Any]) -> None:
-  """Raises UserError where a checkpoint is of another model shape, vocabulary or text than asked for."""
+  """Raises UserError where a checkpoint is of another model shape, vocabulary or text than asked for.
+
+  Low-rank factors are no part of that: they are merged, or begun. A model that was imported fits any text.
+  """
   where = found.folder
   ours, theirs = decoder.shape(), found.description['decoder']
-  differ = [f'{k} is {theirs.get(k)} there, {ours[k]} here' for k in ours if theirs.get(k) != ours[k]]
+  differ = [f'{k} is {theirs.get(k)} there, {ours[k]} here' for k in ours
+            if theirs.get(k) != ours[k] and not k.startswith('lora')]
   if differ:
     raise UserError(f'{where}: a checkpoint of another model shape ({"; ".join(differ)}); bind the gin/models file that it was '
                     'trained with.')
   if found.description['vocabulary'] != vocabulary:
     raise UserError(f'{where}: trained with another vocabulary ({found.description["vocabulary"][:12]} there, '
                     f'{vocabulary[:12]} here); set VOCABULARY to {found.vocabulary_path}.')
-  if found.description['template'] != template:
+  if found.description['template'] not in (None, template):
     raise UserError(f'{where}: trained with other item texts ({found.description["template"]} there, {template} here); set '
                     'text.fields and text.unknown as there.')
 
@@ -126,3 +145,14 @@ def check_fits(found: Found, *, decoder: DecoderConfig, vocabulary: str, templat
 def abstract(tree: Any, shardings: Any) -> Any:
   """Shapes and dtypes of `tree` with shardings: the target of a restore."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def stored_dtype(found: Found) -> str:
+  """The type of a checkpoint's weights: `bfloat16` if all are that, else `float32`. Raises UserError for a damaged one."""
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      leaves = jax.tree.leaves(checkpointer.metadata(found.folder / 'params').item_metadata.tree)
+  except Exception as error:  # see `load`
+    raise UserError(f'{found.folder}: the checkpoint cannot be read ({_first_line(error)}); remove this step to use an earlier '
+                    'one.') from error
+  return 'bfloat16' if all(str(leaf.dtype) == 'bfloat16' for leaf in leaves) else 'float32'

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from calrec_jax.errors import UserError
+from calrec_jax.training import rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Optimizer:
       step) or `rsqrt` (falls as 1 / sqrt(step)).
     warmup_steps: steps of linear warm-up, of this stage.
     final_fraction: see `schedule`.
-    weight_decay: decoupled, times the learning rate; not on norm scales.
+    weight_decay: decoupled, times the learning rate; not on norm scales and biases.
     b1, b2: AdamW's decay rates.
+    state_dtype: of AdamW's moments and Adafactor's statistics: `float32`, or `bfloat16`, rounded at random without bias.
     clip_norm: largest global norm of the gradient; None: not clipped.
   """
 
@@ -34,12 +36,16 @@ class Optimizer:
   b1: float = 0.9
   b2: float = 0.99
   clip_norm: float | None = 1.0
+  state_dtype: str = 'float32'
 
   def __post_init__(self):
     if self.name not in ('adamw', 'adafactor'):
       raise UserError(f"optimizer.name = {self.name!r}: choose 'adamw' or 'adafactor'.")
     if self.schedule not in ('constant', 'linear', 'cosine', 'rsqrt'):
       raise UserError(f"optimizer.schedule = {self.schedule!r}: choose 'constant', 'linear', 'cosine' or 'rsqrt'.")
+
+    if self.state_dtype not in ('float32', 'bfloat16'):
+      raise UserError(f"optimizer.state_dtype = {self.state_dtype!r}: choose 'float32' or 'bfloat16'.")
 
   def rate(self, train_steps: int) -> optax.Schedule:
     """Learning rate of each step, from 0; the last step is `train_steps` − 1."""
@@ -58,11 +64,14 @@ class Optimizer:
   def build(self, train_steps: int) -> optax.GradientTransformation:
     """The transformation of gradients to updates."""
     rate = self.rate(train_steps)
-    decayed = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: 'scale' not in jax.tree_util.keystr(path), params)
+    decayed = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: not {'scale', 'bias'} & {getattr(part, 'key', None) for part in path}, params)
     scale = {
         'adamw': [optax.scale_by_adam(self.b1, self.b2)],
         # Without the scale of the parameters: finetuning starts where they are small on purpose.
         'adafactor': [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)],
     }[self.name]
     clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+    if self.state_dtype == 'bfloat16':
+      scale = [rounding.stored_in_bfloat16(optax.chain(*scale))]
     return optax.chain(clip, *scale, optax.add_decayed_weights(self.weight_decay, decayed), optax.scale_by_learning_rate(rate))

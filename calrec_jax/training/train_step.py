@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.rows import Shapes
-from calrec_jax.training import partitioning
+from calrec_jax.training import partitioning, rounding, trainable
+from calrec_jax.training.trainable import IsTrained
 
 Metrics = dict[str, jax.Array]
 
@@ -35,27 +36,38 @@ def init_params(model: TwoTower, rng: jax.Array, shapes: Shapes) -> Any:
   return model.init(rng, batch)['params']
 
 
-def new_state(model: TwoTower, optimizer: optax.GradientTransformation, shapes: Shapes, seed: int,
-              mesh: Mesh) -> tuple[Callable[[], TrainState], TrainState]:
-  """(a function that makes the state on the mesh, the state's shardings)."""
-  def boxed_state() -> TrainState:
+def new_state(model: TwoTower, optimizer: optax.GradientTransformation, shapes: Shapes, seed: int, mesh: Mesh,
+              trained: IsTrained = lambda path: True) -> tuple[Callable[..., TrainState], TrainState]:
+  """(a function that makes the state on the mesh, the state's shardings).
+
+  The function takes parameters that are there already, whose memory it takes over; the others are drawn at random. The
+  optimizer has a state for the trained ones only.
+  """
+  def boxed_state(loaded: Any) -> TrainState:
     init_rng, rng = jax.random.split(jax.random.key(seed))
-    params = init_params(model, init_rng, shapes)
-    return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(rng), params, optimizer.init(params))
-  shardings = partitioning.shardings(jax.eval_shape(boxed_state), mesh)
-  return jax.jit(lambda: nn.unbox(boxed_state()), out_shardings=shardings), shardings
+    params = trainable.join(init_params(model, init_rng, shapes), loaded)
+    opt_state = optimizer.init(trainable.split(params, trained)[0])
+    return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(rng), params, opt_state)
+  shardings = partitioning.shardings(jax.eval_shape(lambda: boxed_state({})), mesh)
+  make = jax.jit(lambda loaded: nn.unbox(boxed_state(loaded)), out_shardings=shardings, donate_argnums=0)
+  return lambda loaded=None: make(loaded or {}), shardings
 
 
-def make_train_step(model: TwoTower, optimizer: optax.GradientTransformation, mesh: Mesh,
-                    shardings: TrainState) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-  """The jitted update; the old state's memory is reused for the new one."""
+def make_train_step(model: TwoTower, optimizer: optax.GradientTransformation, mesh: Mesh, shardings: TrainState,
+                    trained: IsTrained = lambda path: True
+                    ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+  """The jitted update; the old state's memory is reused for the new one. What is not trained has no gradient either."""
   def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-    rngs = {'dropout': jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)}
-    loss = lambda params: model.apply({'params': params}, batch, train=True, rngs=rngs)
-    grads, metrics = jax.grad(loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    params, fixed = trainable.split(state.params, trained)
+    def loss(params: Any) -> tuple[jax.Array, Metrics]:
+      return model.apply({'params': trainable.join(fixed, params)}, batch, train=True, rngs={'dropout': rng})
+    grads, metrics = jax.grad(loss, has_aux=True)(params)
+    grads, params32 = rounding.as_float32(grads), rounding.as_float32(params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, params32)
     metrics['gradient_norm'] = optax.global_norm(grads)
-    return TrainState(state.step + 1, state.rng, optax.apply_updates(state.params, updates), opt_state), metrics
+    params = rounding.store(optax.apply_updates(params32, updates), params, jax.random.fold_in(rng, 1))
+    return TrainState(state.step + 1, state.rng, trainable.join(fixed, params), opt_state), metrics
   return _on_mesh(jax.jit(train_step, in_shardings=(shardings, partitioning.batch_sharding(mesh)),
                           out_shardings=(shardings, NamedSharding(mesh, P())), donate_argnums=0), mesh)
 

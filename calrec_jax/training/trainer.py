@@ -1,18 +1,22 @@
 """The train loop: build, restore, then step, log, evaluate, save."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from clu import metric_writers
@@ -20,16 +24,19 @@ from jax.experimental import multihost_utils
 
 from calrec_jax import provenance
 from calrec_jax.errors import UserError
+from calrec_jax.models import lora
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import BatchPlan, OnePass, RowOptions
-from calrec_jax.training import checkpoints, partitioning
+from calrec_jax.text.rows import Shapes
+from calrec_jax.training import checkpoints, partitioning, trainable
 from calrec_jax.training.inputs import Inputs
 from calrec_jax.training.optimizer import Optimizer
 from calrec_jax.training.partitioning import MeshShape
-from calrec_jax.training.train_step import TrainState, make_eval_step, make_train_step, new_state
+from calrec_jax.training.train_step import TrainState, init_params, make_eval_step, make_train_step, new_state
+from calrec_jax.training.trainable import IsTrained
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, start again to go on
 
@@ -55,7 +62,8 @@ class Schedule:
 
 def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, decoder: DecoderConfig, objective: Objective,
           rows: RowOptions, optimizer: Optimizer, mesh: MeshShape, schedule: Schedule, initial_checkpoint: str | None = None,
-          head_chunks: int = 1, seed: int = 0, gin_text: Callable[[], str] = str) -> dict[str, float]:
+          frozen: Sequence[str] = (), head_chunks: int = 1, seed: int = 0,
+          gin_text: Callable[[], str] = str) -> dict[str, float]:
   """Finetunes (or trains from random weights) one stage, and goes on from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -70,6 +78,7 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
     mesh: how devices are laid out.
     schedule: when to log, evaluate and save.
     initial_checkpoint: a run's folder, or one step's, whose weights this stage starts from.
+    frozen: names of parameters that are not trained, such as `embedding`, `mlp` or `query`.
     head_chunks: slices in which the head runs, see `TwoTower`.
     seed: of the weights, the order of the data and dropout.
     gin_text: returns the operative configuration, for the record.
@@ -85,18 +94,21 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   sources = inputs.load()
   decoder = with_vocabulary(decoder, inputs)
   bos = inputs.vocabulary.bos_id is not None
+  trained = trainable.is_trained(decoder, frozen)
   model = TwoTower(Decoder(decoder), objective, bos=bos, head_chunks=head_chunks)
   plan = BatchPlan(inputs.corpus(sources, 'train'), batch_size=batch_size, length=inputs.length, options=rows, seed=seed)
   validation = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
                        options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)
-  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, **inputs.description(sources), 'seed': seed,
+  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, 'frozen': list(frozen),
+                 'pretrained': _lineage(model_dir, initial_checkpoint), **inputs.description(sources), 'seed': seed,
                  'gin': gin_text(), 'versions': provenance.versions()}
 
   transformation = optimizer.build(train_steps)
-  make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh)
+  make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh, trained)
   _check_folder(model_dir)
   state = _restore_or_start(pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, description)
-  train_step = make_train_step(model, transformation, device_mesh, shardings)
+  memory = memory_line(state, trained)
+  train_step = make_train_step(model, transformation, device_mesh, shardings, trained)
   eval_step = make_eval_step(model, device_mesh, shardings.params)
   rate = optimizer.rate(train_steps)
 
@@ -105,9 +117,11 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
     store = stack.enter_context(_open_run(model_dir, inputs, schedule.keep))
     if jax.process_index() == 0:
       provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
-                       shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params))
-    logging.info('%d parameters; %d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.',
-                 count(state.params), plan.report['targets'], 100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
+                       shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params),
+                       memory=memory)
+    logging.info('%s', memory)
+    logging.info('%d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.', plan.report['targets'],
+                 100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
     writer = stack.enter_context(contextlib.closing(metric_writers.create_default_writer(
         model_dir, just_logging=jax.process_index() > 0, asynchronous=False)))
     terminated = stack.enter_context(_termination())
@@ -154,6 +168,19 @@ def with_vocabulary(decoder: DecoderConfig, inputs: Inputs) -> DecoderConfig:
 def count(params: Any) -> int:
   """How many numbers a tree of arrays holds."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def memory_line(state: TrainState, trained: IsTrained) -> str:
+  """What parameters and optimizer state take up on each device, to be read before training begins."""
+  def held(tree: Any) -> str:
+    sizes = collections.Counter()
+    for leaf in jax.tree.leaves(tree):
+      if jnp.issubdtype(leaf.dtype, jnp.floating):
+        sizes[leaf.dtype.name] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return ' + '.join(f'{size / 1e6:,.1f} MB of {name}' for name, size in sizes.items()) or 'nothing'
+  n_devices = len(jax.tree.leaves(state.params)[0].sharding.device_set)
+  n_trained = count(trainable.split(state.params, trained)[0])
+  return (f'{count(state.params):,} parameters, {n_trained:,} of them trained. On each of {n_devices} device(s): parameters {held(state.params)}; optimizer state {held(state.opt_state)}.')
 
 
 class Meter:
@@ -221,6 +248,13 @@ def _open_run(model_dir: str, inputs: Inputs, keep: int) -> checkpoints.Checkpoi
   return checkpoints.Checkpoints(folder, keep=keep)
 
 
+def _lineage(model_dir: str, initial_checkpoint: str | None) -> dict[str, Any] | None:
+  """The pretrained model that a run goes back to, as `calrec import` described it; None if there is none."""
+  begun = checkpoints.newest_step(model_dir) is not None
+  source = model_dir if begun else initial_checkpoint
+  return checkpoints.find(source).description.get('pretrained') if source else None
+
+
 def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainState], shardings: TrainState,
                       initial_checkpoint: str | None, decoder: DecoderConfig, description: dict[str, Any]) -> TrainState:
   """The state to go on from: this run's newest checkpoint, else the weights of `initial_checkpoint`, else random weights."""
@@ -229,11 +263,16 @@ def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainSta
   abstract_params = checkpoints.abstract(target.params, shardings.params)
   if checkpoints.newest_step(model_dir) is not None:
     found = checkpoints.find(model_dir)
+    if found.description['data'] is None:
+      raise UserError(f'{model_dir}: holds an imported model; choose another MODEL_DIR, and give this one as '
+                      'INITIAL_CHECKPOINT_PATH.')
     checkpoints.check_fits(found, **expected)
-    for name in ('data', 'optimizer'):
-      if found.description[name] != description[name]:
-        raise UserError(f'{model_dir}: this run was begun with other {name} ({found.description[name]} there, '
-                        f'{description[name]} here); choose another MODEL_DIR.')
+    factors = lambda shape: {name: value for name, value in shape.items() if name.startswith('lora')}
+    there, here = (facts | {'decoder': factors(facts['decoder'])} for facts in (found.description, description))
+    for name in ('data', 'optimizer', 'frozen', 'decoder'):
+      if there[name] != here[name]:
+        raise UserError(f'{model_dir}: this run was begun with other {name} ({there[name]} there, {here[name]} here); choose '
+                        'another MODEL_DIR.')
     abstract_rest = checkpoints.abstract(_rest(target), _rest(shardings))
     restored = checkpoints.load(found, params=abstract_params, rest=abstract_rest)
     logging.info('Goes on from step %d of %s.', found.step, model_dir)
@@ -242,9 +281,15 @@ def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainSta
     return make_state()
   found = checkpoints.find(initial_checkpoint)
   checkpoints.check_fits(found, **expected)
-  params = checkpoints.load(found, params=abstract_params)['params']
   logging.info('Starts from the weights of step %d of %s.', found.step, found.model_dir)
-  return make_state().replace(params=params)
+  theirs = found.decoder_config(param_dtype=decoder.param_dtype)
+  if theirs.shape() == decoder.shape():  # factors, if there are any, are trained on
+    return make_state(checkpoints.load(found, params=abstract_params)['params'])
+  model, shapes = TwoTower(Decoder(theirs), Objective()), Shapes(1, 8, 8, 1, 1, 1)
+  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), shapes))
+  mesh = jax.tree.leaves(shardings.params)[0].mesh
+  loaded = checkpoints.load(found, params=checkpoints.abstract(nn.unbox(boxed), partitioning.shardings(boxed, mesh)))['params']
+  return make_state({'decoder': lora.merge(loaded['decoder'], theirs)[0]})
 
 
 def _prefetched(plan: BatchPlan, mesh: jax.sharding.Mesh, start: int, stop: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:

@@ -1,0 +1,1 @@
+"""Pretrained decoders: Hugging Face folders and GGUF files in, Hugging Face folders out."""
