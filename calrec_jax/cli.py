@@ -120,7 +120,8 @@ def _import(options: argparse.Namespace) -> Outcome:
                                   bos_token=options.bos_token)
   return report, (
       f'{report["name"]}: {report["architecture"]}, {report["parameters"]:,} parameters, {report["layers"]} layers, licence '
-      f'{report["license"] or "not stated"}.\nVocabulary: {report["vocabulary"]:,} tokens for {report["embedding_rows"]:,} rows; '
+      f'{report["license"] or "not stated"}.\n'
+      f'Vocabulary: {report["vocabulary"]:,} tokens for {report["embedding_rows"]:,} rows; '
       f'a text begins with {report["bos"] or "nothing"} and ends with {report["eos"]}.\n'
       f'Wrote {report["out"]}, in {report["dtype"]}: '
       f"train with --gin_file={report['out']}/{importing.GIN_FILE}, --gin.INITIAL_CHECKPOINT_PATH='\"{report['out']}\"' and "

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 
+import pretrained_models
 import pytest
 import tiny
 
 from calrec_jax import cli, outputs
 from calrec_jax.errors import UserError
 
-VERBS = [['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'], ['vocabulary'], ['train'], ['infer'],
-         ['evaluate']]
+VERBS = [['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'], ['vocabulary'], ['import'], ['train'],
+         ['infer'], ['evaluate'], ['score'], ['export']]
 REVIEW = {'reviewerID': 'u', 'asin': 'a', 'unixReviewTime': 1, 'overall': 5.0}
 
 
@@ -128,6 +129,33 @@ def test_bad_sequences(tmp_path, capsys):
 ])
 def test_bad_runs(changes, words, tiny_store, tmp_path, capsys):
   refused(capsys, [*tiny.gin_arguments(tiny_store, 'stage1', tmp_path / 'run'), *changes], *words, absent=tmp_path / 'run')
+
+
+def test_a_pretrained_model_goes_in_is_scored_and_goes_out(tmp_path, capsys):
+  pretrained_models.save(pretrained_models.make('llama'), tmp_path / 'hf')
+  assert cli.main(['import', '--from', str(tmp_path / 'hf'), '--out', str(tmp_path / 'model')]) == 0
+  out = capsys.readouterr().out
+  assert 'hf: llama, 14,952 parameters, 3 layers, licence not stated.' in out
+  assert 'Vocabulary: 37 tokens for 40 rows; a text begins with nothing and ends with </s>.' in out
+  assert cli.main(['score', '--checkpoint', str(tmp_path / 'model'), '--text', 'ABA', '--json']) == 0
+  report = json.loads(capsys.readouterr().out)
+  assert report.keys() == {'token_ids', 'tokens', 'logprobs'} and report['token_ids'] == [2, 3, 2]
+  assert report['logprobs'][0] is None and len(report['logprobs']) == 3
+  assert cli.main(['score', '--checkpoint', str(tmp_path / 'model'), '--text', 'ABA']) == 0
+  assert f"{sum(report['logprobs'][1:]):.4f} nats" in capsys.readouterr().out
+  assert cli.main(['export', '--checkpoint', str(tmp_path / 'model'), '--out', str(tmp_path / 'out'), '--json']) == 0
+  assert json.loads(capsys.readouterr().out)['parameters'] == 14_952
+
+
+def test_pretrained_models_that_are_not_whole(tmp_path, capsys):
+  folder, out = tmp_path / 'hf', tmp_path / 'out'
+  refused(capsys, ['import', '--from', folder, '--out', out], str(folder), 'cannot be read', absent=out)
+  pretrained_models.save(pretrained_models.make('llama'), folder)
+  (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+  refused(capsys, ['import', '--from', folder, '--out', out], 'pytorch_model.bin', 'pickle', 'safetensors', absent=out)
+  refused(capsys, ['import', '--from', folder, '--out', out, '--dtype', 'int8'], '--dtype', absent=out)
+  refused(capsys, ['export', '--checkpoint', folder, '--out', out], 'no checkpoint', absent=out)
+  refused(capsys, ['score', '--checkpoint', folder, '--text', 'A'], 'no checkpoint')
 
 
 def test_missing_macros_are_named(capsys):

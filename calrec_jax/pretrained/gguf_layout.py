@@ -91,11 +91,12 @@ def _config(file: GgufFile, kind: str) -> DecoderConfig:
   n_layers, embed_dim, n_heads = get('block_count'), get('embedding_length'), get('attention.head_count')
   head_dim = get('attention.key_length', embed_dim // n_heads)
   if get('rope.dimension_count', head_dim) != head_dim:
-    raise UserError(f'{file.path}: rotary positions of {get("rope.dimension_count")} of {head_dim} channels are not known; take '
-                    'another model.')
+    raise UserError(f'{file.path}: rotary positions of {get("rope.dimension_count")} of {head_dim} channels are not known; '
+                    'take another model.')
   fields = {
       'vocab_size': file.tensors['token_embd.weight'].shape[0], 'n_layers': n_layers, 'embed_dim': embed_dim,
-      'n_heads': n_heads, 'n_kv_heads': get('attention.head_count_kv', n_heads), 'head_dim': head_dim, 'ff_dim': get('feed_forward_length'),
+      'n_heads': n_heads, 'n_kv_heads': get('attention.head_count_kv', n_heads), 'head_dim': head_dim,
+      'ff_dim': get('feed_forward_length'),
       'norm_eps': get('attention.layer_norm_rms_epsilon'), 'tied_head': 'output.weight' not in file.tensors,
       'qkv_bias': has('attn_q.bias'), 'out_bias': has('attn_output.bias'), 'mlp_bias': has('ffn_down.bias'),
       'qk_norm': has('attn_q_norm.weight'), 'post_norms': has('post_ffw_norm.weight')}

@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -19,7 +19,7 @@ from calrec_jax.text.vocabularies import TokenizerVocabulary, load_vocabulary
 from calrec_jax.training import checkpoints
 
 GIN_FILE = 'model.gin'
-_CHUNK = 64 << 20  # bytes of float32 that are read at once
+_CHUNK = 8 << 20  # bytes of float32 that are read at once
 
 
 def import_model(source: str | os.PathLike, out: str | os.PathLike, *, dtype: str = 'auto', eos_token: str | None = None,
@@ -95,7 +95,7 @@ def _check(source: pathlib.Path, opened: TensorSource, wanted: list[Tensor], voc
 
 def _read(opened: TensorSource, wanted: list[Tensor], dtype: str) -> dict[Path, np.ndarray]:
   """All parameters, filled piece by piece."""
-  numbers = np.dtype(ml_dtypes.bfloat16) if dtype == 'bfloat16' else np.dtype(np.float32)
+  numbers = np.dtype(jnp.bfloat16) if dtype == 'bfloat16' else np.dtype(np.float32)
   params = {path: np.empty(leaf.shape, numbers) for path, leaf in flat_shapes(opened.config).items()}
   for tensor in wanted:
     there = view(params, tensor)

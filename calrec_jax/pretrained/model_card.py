@@ -24,8 +24,8 @@ def write(found: Found, metrics: Mapping[str, Any] | None) -> str:
   if data is None:
     lines += ['An imported model, not finetuned.', '']
   else:
-    lines += ['A language model finetuned with CALRec (arXiv 2405.02429), by calrec_jax: it reads a shopper\'s purchases as text '
-              'and writes the text of the next one.', '', f'It reads: `{_PROMPT}`', '']
+    lines += ['A language model finetuned with CALRec (arXiv 2405.02429), by calrec_jax: it reads a shopper\'s purchases as '
+              'text and writes the text of the next one.', '', f'It reads: `{_PROMPT}`', '']
   lines += ['## Base model', '', _base(pretrained), '']
   if data is not None:
     lines += ['## Training', '', f'- data: {_inline(data)}', f'- step {found.step} of this stage, seed {description["seed"]}',

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -18,7 +18,7 @@ from calrec_jax.pretrained import families
 
 INDEX = 'model.safetensors.index.json'
 _SINGLE = 'model.safetensors'
-_DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16)}
 _BEFORE = ('language_model.model.', 'model.language_model.')  # the names of text in models that see pictures too
 _OTHER_KINDS = ('vision_tower.', 'multi_modal_projector.', 'model.vision_tower.', 'model.multi_modal_projector.')
 _BUFFERS = ('rotary_emb.inv_freq',)  # old files hold what follows from the configuration

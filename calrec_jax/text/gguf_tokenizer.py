@@ -38,7 +38,7 @@ def read(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str |
   kind, tokens = get('model'), get('tokens')
   kinds = get('token_type') or [sentencepiece_model.NORMAL] * len(tokens or [])
   if kind == 'gpt2' and tokens:
-    spec = _byte_level(tokens, kinds, get('merges', []), get('pre', 'default'), where)
+    spec = _byte_level(tokens, kinds, get('merges', []), get('pre'), where)
   elif kind == 'llama' and tokens:
     spec = sentencepiece_model.bpe(tokens, get('scores', [0.0] * len(tokens)), kinds)
   else:
@@ -49,7 +49,7 @@ def read(metadata: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str |
   return spec, name('bos_token_id') if adds_bos else None, name('eos_token_id')
 
 
-def _byte_level(tokens: list[str], kinds: list[int], merges: list[str], pre: str, where: str) -> dict[str, Any]:
+def _byte_level(tokens: list[str], kinds: list[int], merges: list[str], pre: str | None, where: str) -> dict[str, Any]:
   if pre not in _PRE_TOKENIZERS:
     raise UserError(f'{where}: its tokenizer cuts text as {pre!r}; known are {", ".join(_PRE_TOKENIZERS)}: take the model\'s '
                     'Hugging Face folder.')

@@ -49,7 +49,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
     bos, eos = _template_ends(parsed.get('post_processor'))
     self._bos_id = None if bos is None else self._tokenizer.token_to_id(bos)
     self._eos_id = self._tokenizer.token_to_id(eos)
-    self._unk_id = self._tokenizer.token_to_id(parsed['model'].get('unk_token') or '')
+    model = parsed['model']
+    self._unk_id = model.get('unk_id', self._tokenizer.token_to_id(model.get('unk_token') or ''))
     self._pad_id = next((i for i in map(self._tokenizer.token_to_id, _PAD_NAMES) if i is not None), 0)
     self.fingerprint = hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
 
@@ -110,9 +111,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
   def write_huggingface(self, folder: str | os.PathLike) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json` into a folder, for transformers' `AutoTokenizer`.
 
-    It gives the ids of `encode`, with BOS before them where there is one.
+    It gives the ids of `encode`, with BOS before them where there is one. (Beside a config.json of Qwen 2, transformers 5
+    cuts text as Qwen's own tokenizer does, whatever is written here.)
     """
-    name = lambda token_id: self._tokenizer.id_to_token(token_id)
+    name = self._tokenizer.id_to_token
     bos = None if self.bos_id is None else name(self.bos_id)
     spec = json.loads(self._spec) | {'post_processor': _post_processor(self._tokenizer, bos, None)}
     pads = self.pad_id not in (self.eos_id, self.bos_id) and not self.decode([self.pad_id])
@@ -146,7 +148,7 @@ def load_vocabulary(path: str | os.PathLike, *, eos_token: str | None = None,
     path: a tokenizer.json, a SentencePiece `*.model`, a `*.gguf`, or a folder that holds a `tokenizer.json` or
       `tokenizer.model`.
     eos_token: the text of the end token. None: the one that the file puts at the end of a text, else that of
-      `tokenizer_config.json` beside it, else a usual name.
+      `tokenizer_config.json`, `generation_config.json` or `config.json` beside it, else a usual name.
     bos_token: the text of the token that starts a row; '' for none. None: the one that the file puts there, if any.
 
   Raises:
@@ -160,7 +162,7 @@ def load_vocabulary(path: str | os.PathLike, *, eos_token: str | None = None,
     raise UserError(f'{path}: not a tokenizer.json of the `tokenizers` library ({error}).') from error
   special = [token['content'] for token in spec.get('added_tokens') or [] if token['special']]
   bos = bos if bos_token is None else bos_token or None
-  eos = eos_token or eos or next((name for name in _EOS_NAMES if name in special), None)
+  eos = eos_token or eos or _model_eos(path, tokenizer) or next((name for name in _EOS_NAMES if name in special), None)
   if eos is None:
     raise UserError(f'{path}: which token ends a text is not known; name it as eos_token, one of {special}.')
   for name in filter(None, (bos, eos)):
@@ -226,7 +228,7 @@ def _read(path: pathlib.Path) -> tuple[dict, str | None, str | None]:
   """(a tokenizer.json, BOS where texts begin with one, EOS) of a file of any kind."""
   if path.suffix == '.gguf':
     return gguf_tokenizer.read(GgufFile(path).metadata, str(path))
-  config = _config(path)
+  config = _beside(path, 'tokenizer_config.json')
   eos = config.get('eos_token')
   config_eos = eos.get('content') if isinstance(eos, dict) else eos
   if path.suffix == '.model':
@@ -278,12 +280,20 @@ def _template_ends(processor: dict | None) -> tuple[str | None, str | None]:
   return (names[0] if text else None), (names[-1] if text < len(names) - 1 else None)
 
 
-def _config(path: pathlib.Path) -> dict:
-  """The tokenizer_config.json beside `path`; {} if there is none."""
+def _model_eos(path: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> str | None:
+  """The end token that the model's own files name by its id: the first, if there are several."""
+  stated = (_beside(path, name).get('eos_token_id') for name in ('generation_config.json', 'config.json'))
+  ids = next((ids for ids in stated if ids is not None), [])
+  return next(map(tokenizer.id_to_token, ids if isinstance(ids, list) else [ids]), None)
+
+
+def _beside(path: pathlib.Path, name: str) -> dict:
+  """What the JSON file `name` beside `path` holds; {} if there is none."""
   try:
-    return json.loads(path.with_name('tokenizer_config.json').read_text(encoding='utf-8'))
+    held = json.loads(path.with_name(name).read_text(encoding='utf-8'))
   except (OSError, ValueError):
     return {}
+  return held if isinstance(held, dict) else {}
 
 
 def _without_added_space(part: object) -> object:

@@ -180,7 +180,8 @@ def memory_line(state: TrainState, trained: IsTrained) -> str:
     return ' + '.join(f'{size / 1e6:,.1f} MB of {name}' for name, size in sizes.items()) or 'nothing'
   n_devices = len(jax.tree.leaves(state.params)[0].sharding.device_set)
   n_trained = count(trainable.split(state.params, trained)[0])
-  return (f'{count(state.params):,} parameters, {n_trained:,} of them trained. On each of {n_devices} device(s): parameters {held(state.params)}; optimizer state {held(state.opt_state)}.')
+  return (f'{count(state.params):,} parameters, {n_trained:,} of them trained. '
+          f'On each of {n_devices} device(s): parameters {held(state.params)}; optimizer state {held(state.opt_state)}.')
 
 
 class Meter:

@@ -265,6 +265,16 @@ def test_layers_are_an_axis_of_the_parameters_and_every_axis_is_named():
   assert query_LDHK.shape == (3, 16, 4, 8) and not np.allclose(query_LDHK[0], query_LDHK[1])
 
 
+def test_a_program_does_not_grow_with_the_layers_whatever_their_pattern():
+  def program(n_layers, pattern):
+    config = dataclasses.replace(CONFIG, n_layers=n_layers, layer_pattern=pattern, window=3 if 'L' in pattern else None)
+    params = jax.eval_shape(Decoder(config).init, jax.random.key(0), *row(4))['params']
+    loss = lambda params: jnp.sum(Decoder(config).apply({'params': params}, *row(4)))
+    return str(jax.make_jaxpr(jax.grad(loss))(nn.unbox(params))).count('dot_general')
+  for pattern in ('G', 'LLLLLG'):
+    assert program(6, pattern) == program(26, pattern) > 10  # 26 is no multiple of the pattern
+
+
 def test_prefill_is_the_forward_pass_and_keeps_keys_and_values_of_all_layers():
   decoder, params = initial(CONFIG)
   inputs = row(7)

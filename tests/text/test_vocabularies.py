@@ -10,6 +10,7 @@ import sys
 import pytest
 import tensorflow as tf
 import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -212,6 +213,49 @@ def test_the_end_token_can_be_named_and_is_remembered(tmp_path):
   named.save(tmp_path / 'elsewhere' / 'vocabulary.json')
   again = load_vocabulary(tmp_path / 'elsewhere' / 'vocabulary.json')
   assert again == named and (again.eos_id, again.bos_id) == (3, 1)
+
+
+@pytest.mark.parametrize('name, ids, expected', [('config.json', 3, 3), ('generation_config.json', [3, 2], 3),
+                                                 ('config.json', None, 2), ('config.json', 999, 2)])
+def test_the_models_own_files_name_the_end_token_by_its_id(tmp_path, name, ids, expected):
+  _trained('byte_level').save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / name).write_text(json.dumps({'eos_token_id': ids}))
+  assert load_vocabulary(tmp_path).eos_id == expected
+  (tmp_path / name).write_text('[3]')  # no such file of a model
+  assert load_vocabulary(tmp_path).eos_id == 2
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('model_type', [None, 'llama', 'gemma', 'gemma2', 'gemma3_text', 'qwen3'])
+def test_transformers_reads_what_is_written_for_it(kind, model_type, tmp_path):
+  _trained(kind).save(str(tmp_path / 'tokenizer.json'))
+  ours = load_vocabulary(tmp_path, bos_token='<s>' if kind == 'prepend' else None, eos_token='<|end|>')
+  ours.write_huggingface(tmp_path / 'out')
+  if model_type:
+    (tmp_path / 'out' / 'config.json').write_text(json.dumps({'model_type': model_type}))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  bos = [] if ours.bos_id is None else [ours.bos_id]
+  for text in [*TEXTS, 'Go , don\'t .  Blue\n cup  ', '']:
+    assert theirs(text).input_ids == bos + ours.encode(text)
+    assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text)) == text
+  assert (theirs.eos_token_id, theirs.bos_token_id) == (ours.eos_id, ours.bos_id)
+  assert theirs.pad_token_id in {ours.pad_id, ours.eos_id}
+  again = load_vocabulary(tmp_path / 'out')
+  assert again == ours
+
+
+def test_a_vocabulary_trained_here_is_written_for_transformers(tmp_path):
+  VOCABULARY.write_huggingface(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert theirs(TEXTS).input_ids == VOCABULARY.encode_batch(TEXTS)
+  assert (theirs.eos_token, theirs.pad_token, theirs.bos_token) == ('</s>', '<pad>', None)
+  assert load_vocabulary(tmp_path) == VOCABULARY
+
+
+def test_a_token_is_told_as_text():
+  assert [VOCABULARY.token(i) for i in VOCABULARY.encode(' Title: Blue')] == [' Title:', ' Blue']
+  assert VOCABULARY.token(VOCABULARY.eos_id) == '</s>'
+  assert VOCABULARY.token(VOCABULARY.encode('ÿ')[0]) == '\N{REPLACEMENT CHARACTER}'  # half a letter
 
 
 def test_one_token_may_start_and_end(tmp_path):
