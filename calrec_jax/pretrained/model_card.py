@@ -7,6 +7,11 @@ from calrec_jax.training.checkpoints import Found
 
 _PROMPT = 'This is the summary of a user\'s purchase history. The first item bought is as follows. …'
 
+# transformers 5 gives models of the type qwen2 a tokenizer of its own with AutoTokenizer, whatever is written.
+_USE = ['```python', 'from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast', '',
+        'model = AutoModelForCausalLM.from_pretrained(FOLDER)',
+        'tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)', '```', '']
+
 
 def write(found: Found, metrics: Mapping[str, Any] | None) -> str:
   """The card, Markdown with YAML front matter.
@@ -26,7 +31,7 @@ def write(found: Found, metrics: Mapping[str, Any] | None) -> str:
   else:
     lines += ['A language model finetuned with CALRec (arXiv 2405.02429), by calrec_jax: it reads a shopper\'s purchases as '
               'text and writes the text of the next one.', '', f'It reads: `{_PROMPT}`', '']
-  lines += ['## Base model', '', _base(pretrained), '']
+  lines += [*_USE, '## Base model', '', _base(pretrained), '']
   if data is not None:
     lines += ['## Training', '', f'- data: {_inline(data)}', f'- step {found.step} of this stage, seed {description["seed"]}',
               f'- item texts: {_inline(description["template"])}', f'- validation: {_inline(description["validation"])}', '']

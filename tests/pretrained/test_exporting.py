@@ -65,8 +65,8 @@ def test_a_finetuned_model_goes_back_with_its_factors_merged(base, tmp_path):
   assert moved == {'v_proj', 'up_proj'}
   card = (tmp_path / 'out/README.md').read_text()
   assert card.startswith('---\n') and 'license: apache-2.0\n' in card.split('---')[1]
-  for words in ('hf (qwen3, ', 'licence: apache-2.0', 'books', 'games', 'nig: ', '| calrec | 0.2500 |', 'leave_one_out_full',
-                'ties: a / b', 'step 2 of this stage'):
+  for words in ('PreTrainedTokenizerFast.from_pretrained', 'hf (qwen3, ', 'licence: apache-2.0', 'books', 'games', 'nig: ',
+                '| calrec | 0.2500 |', 'leave_one_out_full', 'ties: a / b', 'step 2 of this stage'):
     assert words in card, words
 
 
@@ -85,6 +85,14 @@ def test_a_model_trained_from_random_weights_is_a_llama(tiny_store, tmp_path):
   assert export_model(tmp_path / 'run', tmp_path / 'out')['architecture'] == 'llama'
   check_logits(tmp_path / 'run', tmp_path / 'out')
   assert 'trained from random weights' in (tmp_path / 'out/README.md').read_text()
+
+
+def test_a_qwen_2_with_another_vocabulary_is_read_as_the_card_says(tmp_path):
+  pretrained_models.save(pretrained_models.make('qwen2'), tmp_path / 'hf')
+  import_model(tmp_path / 'hf', tmp_path / 'checkpoint')
+  export_model(tmp_path / 'checkpoint', tmp_path / 'out')
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'out')
+  assert theirs('AZBQ').input_ids == load(tmp_path / 'checkpoint').vocabulary.encode('AZBQ')
 
 
 def test_bfloat16_goes_back_as_bfloat16(tmp_path):
