@@ -275,22 +275,26 @@ VARIANTS = {
     'qwen2': {'qkv_bias': True, 'tied_head': False}, 'lora': {'lora_rank': 2}}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def plain_forward(decoder, params, tokens_BL):
+  positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
+  states = decoder.apply({'params': params}, tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
+  return decoder.apply({'params': params}, states, method='logits')
+
+
 def law_6(config: DecoderConfig, stepped: DecoderConfig) -> None:
   """Log-probabilities sampled with `stepped`'s decoder are those of a plain forward pass of `config`'s."""
   tokens = jnp.zeros((1, 4), jnp.int32)
   params = nn.meta.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), tokens, tokens + 1, tokens))['params']
-  leaves, tree = jax.tree.flatten(params)
-  drawn = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
-  params = jax.tree.unflatten(tree, [2 * x + 0.3 * noise for x, noise in zip(leaves, drawn, strict=True)])
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: 2 * x + jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params)
   samples = jax.device_get(sample(Decoder(stepped), params, TOKENS_UP, LENGTHS_U, KEYS_U, n_samples=2, temperature=2.0,
                                   max_new_tokens=T, eos_id=EOS, forbidden=np.arange(V) == 0))
   rows_BL = np.zeros((6, 8 + T), np.int32)
   for row_L, user, n in zip(rows_BL, np.repeat(range(3), 2), [0, 1] * 3, strict=True):
     row_L[:LENGTHS_U[user]] = TOKENS_UP[user, :LENGTHS_U[user]]
     row_L[LENGTHS_U[user]:LENGTHS_U[user] + T] = samples.tokens_UNT[user, n]
-  decoder = Decoder(config)
-  states = decoder.apply({'params': params}, rows_BL, np.ones_like(rows_BL), np.arange(8 + T)[None].repeat(6, 0))
-  logprobs = jax.nn.log_softmax(decoder.apply({'params': params}, states, method='logits'))
+  logprobs = jax.nn.log_softmax(plain_forward(Decoder(config), params, rows_BL))
   for row, (row_L, user, n) in enumerate(zip(rows_BL, np.repeat(range(3), 2), [0, 1] * 3, strict=True)):
     count = samples.lengths_UN[user, n] + samples.finished_UN[user, n]
     places = LENGTHS_U[user] - 1 + np.arange(count)

@@ -19,15 +19,13 @@ TOKENS = jnp.arange(8)[None] + 3
 
 
 def parameters(config: DecoderConfig, drawn: bool = True):
-  params = nn.unbox(Decoder(config).init(jax.random.key(0), TOKENS, TOKENS, TOKENS)['params'])
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return tree.unflatten([x + 0.2 * jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]) if (
-      drawn) else params
+  params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS, TOKENS, TOKENS)['params'])
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), params) if drawn else params
 
 
 def hidden(config, params):
-  return Decoder(config).apply({'params': params}, TOKENS, jnp.ones_like(TOKENS), jnp.arange(8)[None])
+  return jax.jit(Decoder(config).apply)({'params': params}, TOKENS, jnp.ones_like(TOKENS), jnp.arange(8)[None])
 
 
 @pytest.mark.parametrize('targets', [PROJECTIONS, ('query', 'down')])
