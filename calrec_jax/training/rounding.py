@@ -43,10 +43,10 @@ class StoredState:
 
 
 def stored_in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """The same optimizer with its float32 state kept in bfloat16; it computes in float32."""
+  """The same optimizer with its float32 state kept in bfloat16; it computes in float32, and is given that."""
   half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, tree)
   def init(params: Any) -> StoredState:
-    return StoredState(jnp.zeros((), jnp.int32), half(optimizer.init(as_float32(params))))
+    return StoredState(jnp.zeros((), jnp.int32), half(optimizer.init(params)))
   def update(updates: Any, state: StoredState, params: Any = None) -> tuple[Any, StoredState]:
     updates, inner = optimizer.update(updates, as_float32(state.inner), params)
     inner = store(inner, state.inner, jax.random.fold_in(jax.random.key(0), state.count))

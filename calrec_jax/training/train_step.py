@@ -46,7 +46,7 @@ def new_state(model: TwoTower, optimizer: optax.GradientTransformation, shapes: 
   def boxed_state(loaded: Any) -> TrainState:
     init_rng, rng = jax.random.split(jax.random.key(seed))
     params = trainable.join(init_params(model, init_rng, shapes), loaded)
-    opt_state = optimizer.init(trainable.split(params, trained)[0])
+    opt_state = optimizer.init(rounding.as_float32(trainable.split(params, trained)[0]))
     return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(rng), params, opt_state)
   shardings = partitioning.shardings(jax.eval_shape(lambda: boxed_state({})), mesh)
   make = jax.jit(lambda loaded: nn.unbox(boxed_state(loaded)), out_shardings=shardings, donate_argnums=0)

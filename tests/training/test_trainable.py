@@ -144,6 +144,14 @@ def test_bfloat16_parameters_and_state_train_as_float32_ones_and_resume(tiny_sto
     np.testing.assert_array_equal(leaf, expected[path])
 
 
+def test_parameters_and_optimizer_state_have_types_of_their_own(tiny_store, full, tmp_path):
+  for name, param_dtype, state_dtype in (('a', 'bfloat16', 'float32'), ('b', 'float32', 'bfloat16')):
+    tiny.train(tiny_store, tmp_path / name, train_steps=2, initial_checkpoint=str(full), frozen=('layers',),
+               decoder=dataclasses.replace(tiny.DECODER, param_dtype=param_dtype), optimizer=Optimizer(state_dtype=state_dtype))
+    assert {str(leaf.dtype) for leaf in optimizer_leaves(tmp_path / name)} == {state_dtype}
+    assert checkpoints.stored_dtype(checkpoints.find(tmp_path / name)) == param_dtype
+
+
 def test_split_and_join_are_inverse():
   params = {'a': {'kernel': 1, 'lora_a': 2}, 'b': 3}
   trained, fixed = trainable.split(params, lambda path: path[-1] == 'lora_a')
