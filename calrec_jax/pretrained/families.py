@@ -5,6 +5,7 @@ read.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,17 @@ _SCALINGS = {
                'rope_original_length': 'original_max_position_embeddings'}}
 _CAPS = {'attention_softcap': 'attn_logit_softcapping', 'logit_softcap': 'final_logit_softcapping'}
 _LOCAL, _GLOBAL = 'sliding_attention', 'full_attention'
+_NO_WINDOWS = ('llama', 'gemma')  # architectures in which all layers are global
+# What a key holds if it is there; numbers are above 0.
+_KINDS = {
+    **dict.fromkeys({*_SIZES.values(), 'max_position_embeddings', 'sliding_window', 'sliding_window_pattern'}, int),
+    **dict.fromkeys({'rms_norm_eps', 'query_pre_attn_scalar', *_CAPS.values(), 'rope_theta', 'rope_local_base_freq'}, float),
+    **dict.fromkeys(('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'), float),
+    **dict.fromkeys(('tie_word_embeddings', 'attention_bias', 'mlp_bias', 'use_sliding_window'), bool),
+    **dict.fromkeys(('hidden_act', 'hidden_activation', 'rope_type', 'type'), str),
+    **dict.fromkeys(('rope_parameters', 'rope_scaling', _LOCAL, _GLOBAL), dict), 'layer_types': list}
+_WORDS = {int: 'a whole number above 0', float: 'a number above 0', bool: 'true or false', str: 'a text', dict: 'an object',
+          list: 'a list'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Family:
 
 _COMMON = {'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0, 'hidden_act': 'silu', 'tie_word_embeddings': False,
            'attention_bias': False, 'mlp_bias': False, 'max_position_embeddings': 2048}
+_QWEN = {'use_sliding_window': False, 'max_window_layers': 28}
 _GEMMA = {**_COMMON, 'hidden_act': 'gelu_pytorch_tanh', 'tie_word_embeddings': True, 'head_dim': 256,
           'max_position_embeddings': 8192}
 _GEMMA_2 = {**_GEMMA, 'vocab_size': 256_000, 'hidden_size': 2304, 'intermediate_size': 9216, 'num_hidden_layers': 26,
@@ -50,8 +63,8 @@ _GEMMA_2 = {**_GEMMA, 'vocab_size': 256_000, 'hidden_size': 2304, 'intermediate_
 _UNIT = {'norm_unit_offset': True, 'embed_scale': True}
 FAMILIES = {family.model_type: family for family in (
     Family('llama', 'LlamaForCausalLM', {}, _COMMON),
-    Family('qwen2', 'Qwen2ForCausalLM', {'qkv_bias': True}, _COMMON | {'max_window_layers': 28}),
-    Family('qwen3', 'Qwen3ForCausalLM', {'qk_norm': True}, _COMMON | {'head_dim': 128, 'max_window_layers': 28}),
+    Family('qwen2', 'Qwen2ForCausalLM', {'qkv_bias': True}, _COMMON | _QWEN),
+    Family('qwen3', 'Qwen3ForCausalLM', {'qk_norm': True}, _COMMON | _QWEN | {'head_dim': 128}),
     Family('gemma', 'GemmaForCausalLM', _UNIT, _GEMMA),
     Family('gemma2', 'Gemma2ForCausalLM', _UNIT | {'post_norms': True},
            _GEMMA_2 | {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0, 'sliding_window_pattern': 2}),
@@ -66,16 +79,18 @@ def family_of(hf: Mapping[str, Any], where: str) -> tuple[Family, dict[str, Any]
   Raises:
     UserError: an architecture that is not known, or weights that are quantised.
   """
-  text = {'model_type': 'gemma3_text', **hf.get('text_config', {})} if hf.get('model_type') == 'gemma3' else hf
-  family = FAMILIES.get(text.get('model_type'))
-  if family is None:
-    raise UserError(f'{where}: the architecture {text.get("model_type")!r} is not known; known are {", ".join(FAMILIES)} and '
-                    'gemma3.')
+  text = hf.get('text_config', {}) if hf.get('model_type') == 'gemma3' else hf
+  kind = text.get('model_type', 'gemma3_text' if text is not hf else None) if isinstance(text, dict) else text
+  if kind not in list(FAMILIES):
+    raise UserError(f'{where}: the architecture {kind!r} is not known; known are {", ".join(FAMILIES)} and gemma3.')
+  family = FAMILIES[kind]
   if 'quantization_config' in hf:
     raise UserError(f'{where}: the weights are quantised (quantization_config); take the model that they were made from, or a '
                     'GGUF file.')
   stated = {key: value for key, value in text.items() if value is not None or key in _CAPS.values()}
-  return family, {**family.defaults, **stated}
+  keys = {**family.defaults, **stated}
+  _check_kinds(keys, where)
+  return family, keys
 
 
 def to_config(hf: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -91,10 +106,12 @@ def to_config(hf: Mapping[str, Any], where: str) -> DecoderConfig:
   family, keys = family_of(hf, where)
   if family.model_type != 'gemma' and 'hidden_activation' in keys:
     keys['hidden_act'] = keys['hidden_activation']
+  elif family.model_type == 'gemma' and keys['hidden_act'] == 'gelu':
+    keys['hidden_act'] = 'gelu_pytorch_tanh'  # the first files said so, and meant this; transformers reads it thus too
   if 'head_dim' not in keys and 'hidden_size' in keys and 'num_attention_heads' in keys:
     keys['head_dim'] = keys['hidden_size'] // keys['num_attention_heads']
   keys.setdefault('num_key_value_heads', keys.get('num_attention_heads'))
-  if missing := [key for key in _SIZES.values() if keys.get(key) is None]:
+  if missing := [key for key in _SIZES.values() if not keys.get(key) and key != 'tie_word_embeddings']:
     raise UserError(f'{where}: has no {", ".join(missing)}; restore the file as it was published.')
   _refuse(keys, where)
   fields = {name: keys[key] for name, key in _SIZES.items()} | family.fixed
@@ -106,7 +123,7 @@ def to_config(hf: Mapping[str, Any], where: str) -> DecoderConfig:
   if keys.get('query_pre_attn_scalar', keys['head_dim']) != keys['head_dim']:
     fields['query_scale'] = keys['query_pre_attn_scalar'] ** -0.5
   fields |= {name: float(keys[key]) for name, key in _CAPS.items() if keys.get(key) is not None}
-  fields |= _windows(family, keys)
+  fields |= _windows(family, keys, where)
   return DecoderConfig(**fields, **_rope(family, keys, 'window' in fields, where))
 
 
@@ -157,6 +174,18 @@ def _scalar(query_scale: float) -> float:
   return round(scalar) if round(scalar) ** -0.5 == query_scale else scalar
 
 
+def _check_kinds(keys: Mapping[str, Any], where: str) -> None:
+  """Raises UserError for a value that is not of its key's kind, as in a file that was edited by hand."""
+  for key in sorted(_KINDS.keys() & keys.keys()):
+    value, kind = keys[key], _KINDS[key]
+    if kind in (int, float):
+      right = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 < value < math.inf
+    else:
+      right = isinstance(value, kind)
+    if not right and value is not None:
+      raise UserError(f'{where}: {key} = {value!r} is not {_WORDS[kind]}; restore the file as it was published.')
+
+
 def _refuse(keys: Mapping[str, Any], where: str) -> None:
   """Raises UserError for what the decoder does not have."""
   found = {key: keys[key] for key in ('use_bidirectional_attention',) if keys.get(key)}
@@ -169,17 +198,23 @@ def _refuse(keys: Mapping[str, Any], where: str) -> None:
                     'another model.')
 
 
-def _windows(family: Family, keys: Mapping[str, Any]) -> dict[str, Any]:
+def _windows(family: Family, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
   """The decoder's `window` and `layer_pattern`; {} where every layer is global."""
-  n_layers, types = keys['num_hidden_layers'], keys.get('layer_types')
+  n_layers, types, window = keys['num_hidden_layers'], keys.get('layer_types'), keys.get('sliding_window')
+  if 'use_sliding_window' in family.defaults and not keys['use_sliding_window']:
+    return {}
   if types is None and 'sliding_window_pattern' in family.defaults:
     every = keys.get('sliding_window_pattern')
     types = [_GLOBAL if (layer + 1) % every == 0 else _LOCAL for layer in range(n_layers)]
-  elif types is None and keys.get('use_sliding_window') and keys.get('sliding_window'):
+  elif types is None and 'use_sliding_window' in family.defaults:
     types = [_LOCAL if layer >= keys['max_window_layers'] else _GLOBAL for layer in range(n_layers)]
-  if not types or _LOCAL not in types[:n_layers]:
+  if types is None or types[:n_layers] == [_GLOBAL] * n_layers:
     return {}
-  return {'window': keys['sliding_window'], 'layer_pattern': shortest(['L' if t == _LOCAL else 'G' for t in types[:n_layers]])}
+  known = (_GLOBAL, _LOCAL) if window and family.model_type not in _NO_WINDOWS else (_GLOBAL,)
+  if len(types) < n_layers or any(kind not in known for kind in types):
+    raise UserError(f'{where}: {len(types)} layer_types ({", ".join(sorted(set(map(str, types))))}) with sliding_window = '
+                    f'{window} are not those of the {n_layers} layers; restore the file as it was published.')
+  return {'window': window, 'layer_pattern': shortest(['L' if kind == _LOCAL else 'G' for kind in types[:n_layers]])}
 
 
 def shortest(letters: Sequence[str]) -> str:
@@ -191,14 +226,17 @@ def shortest(letters: Sequence[str]) -> str:
 def _rope(family: Family, keys: Mapping[str, Any], windowed: bool, where: str) -> dict[str, Any]:
   """The decoder's rotary fields."""
   new = keys.get('rope_parameters') or {}
+  _check_kinds(new, where)
   by_layer = _GLOBAL in new
   parameters = new[_GLOBAL] if by_layer else {'rope_theta': keys['rope_theta'], **(keys.get('rope_scaling') or {}), **new}
+  local = {'rope_theta': keys.get('rope_local_base_freq'), **((new.get(_LOCAL) or {}) if by_layer else {})}
+  for stated in (parameters, local):
+    _check_kinds(stated, where)
   kind = parameters.get('rope_type', parameters.get('type', 'default'))
-  local = new.get(_LOCAL) if by_layer else {'rope_theta': keys.get('rope_local_base_freq')}
   if kind not in _SCALINGS or parameters.get('partial_rotary_factor', 1) != 1 or local.get('rope_type', 'default') != 'default':
     raise UserError(f'{where}: rotary positions of the kind {kind!r} ({new or keys.get("rope_scaling")}) are not known; known '
                     f'are {", ".join(_SCALINGS)}, with local layers unscaled.')
-  if missing := [key for key in _SCALINGS[kind].values() if key not in parameters]:
+  if missing := [key for key in _SCALINGS[kind].values() if parameters.get(key) is None]:
     raise UserError(f'{where}: rotary positions of the kind {kind!r} have no {", ".join(missing)}; restore the file as it was '
                     'published.')
   fields = {'rope_base': float(parameters['rope_theta']), **{name: parameters[key] for name, key in _SCALINGS[kind].items()}}

@@ -19,6 +19,7 @@ from calrec_jax.text.vocabularies import TokenizerVocabulary, load_vocabulary
 from calrec_jax.training import checkpoints
 
 GIN_FILE = 'model.gin'
+DTYPES = ('auto', 'float32', 'bfloat16')
 _CHUNK = 8 << 20  # bytes of float32 that are read at once
 
 
@@ -39,8 +40,10 @@ def import_model(source: str | os.PathLike, out: str | os.PathLike, *, dtype: st
     `eos` (their texts), `dtype`, `license` (None where it is not stated), `out`.
 
   Raises:
-    UserError: the source is not whole, or not one that the decoder can be; `out` is there.
+    UserError: the source is not whole, or not one that the decoder can be; another `dtype`; `out` is there.
   """
+  if dtype not in DTYPES:
+    raise UserError(f'dtype = {dtype!r}: choose one of {", ".join(DTYPES)}.')
   source = pathlib.Path(source)
   opened: TensorSource = SafetensorsSource(source) if source.is_dir() else GgufSource(source)
   vocabulary = load_vocabulary(source, eos_token=eos_token, bos_token=bos_token)
@@ -48,7 +51,9 @@ def import_model(source: str | os.PathLike, out: str | os.PathLike, *, dtype: st
   _check(source, opened, wanted, vocabulary)
   dtype = opened.dtype if dtype == 'auto' else dtype
   parameters = sum(math.prod(tensor.shape) for tensor in wanted)
-  pretrained = {**opened.about, 'architecture': opened.architecture, 'parameters': parameters}
+  name, licence = _one_line(opened.about['name']), _one_line(opened.about['license'] or '') or None
+  pretrained = {**opened.about, 'name': name, 'license': licence, 'architecture': opened.architecture,
+                'parameters': parameters}
   description = {'decoder': opened.config.shape(), 'vocabulary': vocabulary.fingerprint, 'template': None,
                  'task_feature_lengths': None, 'data': None, 'gin': '', 'versions': provenance.versions(),
                  'pretrained': pretrained}
@@ -57,11 +62,15 @@ def import_model(source: str | os.PathLike, out: str | os.PathLike, *, dtype: st
     checkpoints.write_params(scratch, {'decoder': traverse_util.unflatten_dict(params)}, description)
     vocabulary.save(scratch / checkpoints.VOCABULARY_FILE)
     (scratch / GIN_FILE).write_text(gin_text(opened.config, pretrained), encoding='utf-8')
-  return {'name': opened.about['name'], 'architecture': opened.architecture, 'parameters': parameters,
+  return {'name': name, 'architecture': opened.architecture, 'parameters': parameters,
           'layers': opened.config.n_layers, 'vocabulary': vocabulary.vocab_size, 'embedding_rows': opened.config.vocab_size,
           'bos': None if vocabulary.bos_id is None else vocabulary.token(vocabulary.bos_id),
-          'eos': vocabulary.token(vocabulary.eos_id), 'dtype': dtype, 'license': opened.about['license'],
-          'out': str(out)}
+          'eos': vocabulary.token(vocabulary.eos_id), 'dtype': dtype, 'license': licence, 'out': str(out)}
+
+
+def _one_line(stated: Any) -> str:
+  """What a file says of itself, on one line: it is written into the comments of a gin file, which must not become gin."""
+  return ''.join(letter for letter in ' '.join(str(stated).split()) if letter.isprintable())
 
 
 def gin_text(config: DecoderConfig, pretrained: dict[str, Any]) -> str:

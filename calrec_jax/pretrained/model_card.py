@@ -1,5 +1,6 @@
 """The model card of an exported checkpoint: base model and its licence, data, protocol, metrics."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def write(found: Found, metrics: Mapping[str, Any] | None) -> str:
   pretrained, data = description.get('pretrained'), description.get('data')
   front = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', 'tags: [sequential-recommendation, calrec]']
   if pretrained and pretrained.get('license'):
-    front.append(f'license: {pretrained["license"]}')
+    front.append(f'license: {json.dumps(pretrained["license"])}')
   lines = [*front, '---', '', f'# {found.model_dir.name}', '']
   if data is None:
     lines += ['An imported model, not finetuned.', '']

@@ -4,6 +4,7 @@ The library maps a file into memory as a whole, which then counts as the process
 """
 
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,7 @@ class SafetensorsSource:
     self.config = families.to_config(hf, str(self.folder / 'config.json'))
     family, keys = families.family_of(hf, str(self.folder / 'config.json'))
     self.architecture = family.model_type
-    self.about = {'name': hf.get('_name_or_path') or self.folder.resolve().name, 'license': _license(self.folder),
+    self.about = {'name': hf.get('_name_or_path') or _name(self.folder), 'license': _license(self.folder),
                   'max_position_embeddings': keys['max_position_embeddings'], 'source': self.folder.resolve().name}
     files = _files(self.folder)
     self.shards = [file.stat().st_size for file in files]
@@ -136,7 +137,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The weight files of a folder, all of which are there."""
   if (folder / INDEX).exists():
     weights = read_json(folder / INDEX, 'it names the shards').get('weight_map')
-    if not isinstance(weights, dict) or not weights:
+    if not isinstance(weights, dict) or not weights or not all(
+        isinstance(name, str) and pathlib.Path(name).name == name for name in weights.values()):
       raise UserError(f'{folder / INDEX}: names no shards (weight_map); download it again.')
     files = [folder / name for name in sorted(set(weights.values()))]
     if missing := [file.name for file in files if not file.exists()]:
@@ -161,6 +163,8 @@ def _places(file: pathlib.Path) -> dict[str, _Place]:
   except (OSError, safetensors.SafetensorError, ValueError) as error:
     raise UserError(f'{file}: not a whole safetensors file ({" ".join(str(error).split())}); download it again.') from error
   header.pop('__metadata__', None)
+  if others := [there for there in header if there.startswith(_OTHER_KINDS)]:
+    logging.warning('%s: %d tensors for pictures are left out: only the text part is imported.', file, len(others))
   places = {}
   for there, entry in header.items():
     if there.startswith(_OTHER_KINDS) or there.endswith(_BUFFERS):
@@ -171,6 +175,14 @@ def _places(file: pathlib.Path) -> dict[str, _Place]:
     name = f'model.{there.removeprefix(prefix)}' if prefix else there.removeprefix('language_model.')
     places[name] = _Place(file, 8 + length + entry['data_offsets'][0], _DTYPES[entry['dtype']], tuple(entry['shape']))
   return places
+
+
+def _name(folder: pathlib.Path) -> str:
+  """The folder's name; in the cache of the Hugging Face hub, where that is a hash, the model's."""
+  parts = folder.resolve().parts
+  if len(parts) > 2 and parts[-2] == 'snapshots' and parts[-3].startswith('models--'):
+    return parts[-3].removeprefix('models--').replace('--', '/')
+  return parts[-1]
 
 
 def _license(folder: pathlib.Path) -> str | None:

@@ -64,7 +64,7 @@ def test_a_finetuned_model_goes_back_with_its_factors_merged(base, tmp_path):
   moved = {key.split('.')[-2] for key in before if not torch.equal(before[key], after[key])}
   assert moved == {'v_proj', 'up_proj'}
   card = (tmp_path / 'out/README.md').read_text()
-  assert card.startswith('---\n') and 'license: apache-2.0\n' in card.split('---')[1]
+  assert card.startswith('---\n') and 'license: "apache-2.0"\n' in card.split('---')[1]
   for words in ('PreTrainedTokenizerFast.from_pretrained', 'hf (qwen3, ', 'licence: apache-2.0', 'books', 'games', 'nig: ',
                 '| calrec | 0.2500 |', 'leave_one_out_full', 'ties: a / b', 'step 2 of this stage'):
     assert words in card, words

@@ -48,6 +48,22 @@ def test_a_model_of_text_and_pictures_is_its_text_part():
       families.to_config(text, ''))
 
 
+def test_windows_that_are_switched_off_are_none():
+  qwen = {'model_type': 'qwen2', **SIZES, 'sliding_window': 4, 'layer_types': ['sliding_attention'] * 7}
+  assert families.to_config(qwen | {'use_sliding_window': True}, '').layer_pattern == 'L'
+  for off in (qwen, qwen | {'use_sliding_window': False}):
+    assert transformers.Qwen2Config(**off).sliding_window is None
+    assert families.to_config(off, '').window is None
+
+
+def test_the_first_gemma_files_name_another_gelu_and_mean_the_tanh_form():
+  gemma = {'model_type': 'gemma', **SIZES, 'hidden_act': 'gelu'}
+  assert transformers.GemmaConfig(**gemma).hidden_act == 'gelu_pytorch_tanh'
+  assert families.to_config(gemma, '').activation == 'gelu'
+  with pytest.raises(UserError, match="hidden_act = 'gelu'"):
+    families.to_config(gemma | {'model_type': 'llama'}, '')
+
+
 @pytest.mark.parametrize('letters, pattern', [('GGG', 'G'), ('LGLGL', 'LG'), ('LLLLLGLL', 'LLLLLG'), ('GLL', 'GLL'),
                                               ('LLG', 'LLG')])
 def test_the_shortest_pattern(letters, pattern):
@@ -60,7 +76,19 @@ def test_the_shortest_pattern(letters, pattern):
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor = 0.5'), ({'quantization_config': {}}, 'quantised'),
     ({'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, "'yarn'.*known are default, linear, llama3"),
     ({'rope_scaling': {'rope_type': 'llama3', 'factor': 2.0}}, 'have no low_freq_factor'),
-    ({'hidden_size': None}, 'has no hidden_size'),
+    ({'hidden_size': None}, 'has no hidden_size'), ({'hidden_size': '24'}, "hidden_size = '24' is not a whole number above 0"),
+    ({'num_hidden_layers': True}, 'num_hidden_layers = True'), ({'num_key_value_heads': 0}, 'num_key_value_heads = 0'),
+    ({'rms_norm_eps': float('inf')}, 'rms_norm_eps = inf is not a number above 0'), ({'hidden_act': ['silu']}, 'is not a text'),
+    ({'tie_word_embeddings': 'no'}, "tie_word_embeddings = 'no' is not true or false"),
+    ({'model_type': ['llama']}, 'not known'),
+    ({'rope_scaling': 'linear'}, "rope_scaling = 'linear' is not an object"), ({'rope_theta': 0}, 'rope_theta = 0'),
+    ({'rope_parameters': {'rope_theta': 'x'}}, "rope_theta = 'x'"), ({'layer_types': 'G'}, 'layer_types = .* is not a list'),
+    ({'rope_scaling': {'rope_type': 'linear', 'factor': '8'}}, "factor = '8'"),
+    ({'layer_types': ['chunked_attention'] * 7}, r'7 layer_types \(chunked_attention\).*not those of the 7 layers'),
+    ({'layer_types': ['sliding_attention'] * 7, 'sliding_window': 4}, 'not those of the 7 layers'),
+    ({'model_type': 'qwen3', 'layer_types': ['sliding_attention'] * 7, 'use_sliding_window': True}, 'sliding_window = None'),
+    ({'model_type': 'gemma3_text', 'layer_types': ['sliding_attention'] * 6}, '6 layer_types.*not those of the 7 layers'),
+    ({'model_type': 'gemma3', 'text_config': 'x'}, "'x' is not known"),
     ({'model_type': 'gemma3_text', 'use_bidirectional_attention': True}, 'use_bidirectional_attention')])
 def test_what_the_decoder_cannot_be_is_refused(change, message):
   with pytest.raises(UserError, match=message) as error:

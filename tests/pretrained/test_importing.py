@@ -18,7 +18,7 @@ from calrec_jax.errors import UserError
 from calrec_jax.inference.generate import forbidden_ids
 from calrec_jax.inference.loading import load
 from calrec_jax.models.decoder_config import DecoderConfig
-from calrec_jax.pretrained.importing import import_model
+from calrec_jax.pretrained.importing import gin_text, import_model
 from calrec_jax.pretrained.safetensors_files import INDEX, SafetensorsSource
 
 
@@ -86,6 +86,8 @@ BROKEN = {
     'no config': (lambda f: (f / 'config.json').unlink(), 'config.json: cannot be read'),
     'broken config': (lambda f: (f / 'config.json').write_text('{'), 'config.json: not JSON'),
     'no tokenizer': (lambda f: (f / 'tokenizer.json').unlink(), 'tokenizer.json: the vocabulary cannot be read'),
+    'an index of files elsewhere': (lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+                                    'names no shards'),
     'broken index': (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), 'names no shards')}
 
 
@@ -154,7 +156,29 @@ def test_float16_becomes_float32(tmp_path):
   np.testing.assert_array_equal(load(tmp_path / 'out').params['embedding'], expected)
 
 
-def test_text_tensors_of_a_model_that_sees_pictures_are_found(tmp_path):
+def test_what_a_file_says_of_itself_does_not_become_gin(source, tmp_path):
+  forged = 'A model\ndecoder.n_layers = 99\r\u2028import os\x1b[2J'
+  edit(source / 'config.json', _name_or_path=forged)
+  report = import_model(source, tmp_path / 'out')
+  text = (tmp_path / 'out/model.gin').read_text()
+  assert report['name'] == 'A model decoder.n_layers = 99 import os[2J' and report['name'] in text.splitlines()[0]
+  mutant = gin_text(load(tmp_path / 'out').found.decoder_config(), {'name': forged, 'parameters': 1, 'architecture': 'llama',
+                                                                   'license': None})
+  for written, layers in ((text, ['decoder.n_layers = 3']), (mutant, ['decoder.n_layers = 99', 'decoder.n_layers = 3'])):
+    assert [line for line in written.splitlines() if line.startswith('decoder.n_layers')] == layers
+
+
+def test_in_the_hubs_cache_the_model_has_its_own_name(tmp_path):
+  folder = tmp_path / 'models--maker--tiny-1B' / 'snapshots' / '0123abc'
+  assert SafetensorsSource(pretrained_models.save(pretrained_models.make('llama'), folder)).about['name'] == 'maker/tiny-1B'
+
+
+def test_another_type_of_numbers_is_refused(source, tmp_path):
+  with pytest.raises(UserError, match="dtype = 'float16': choose one of auto, float32, bfloat16"):
+    import_model(source, tmp_path / 'out', dtype='float16')
+
+
+def test_text_tensors_of_a_model_that_sees_pictures_are_found(tmp_path, caplog):
   model = pretrained_models.make('gemma3')
   folder = pretrained_models.save(model, tmp_path / 'hf')
   for before in ('language_model.model.', 'model.language_model.'):
@@ -162,6 +186,7 @@ def test_text_tensors_of_a_model_that_sees_pictures_are_found(tmp_path):
                if key != 'lm_head.weight'}
     safetensors.numpy.save_file(tensors | {'vision_tower.a': np.ones(3, np.float32)}, folder / 'model.safetensors')
     assert SafetensorsSource(folder).names() == {key for key in model.state_dict() if key != 'lm_head.weight'}
+    assert '1 tensors for pictures are left out' in caplog.messages[-1]
 
 
 MEMORY = """
