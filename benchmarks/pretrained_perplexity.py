@@ -5,7 +5,7 @@ should be within 0.01 % of 1. Prints one JSON object as its last line.
 
   python benchmarks/pretrained_perplexity.py --from MODEL.gguf --data HISTORIES_FOLDER [--quick]
 
-Ten minutes on a CPU for 135 M parameters and the 4,385 items of scientific2018; `--quick` takes 64 of them.
+Over half an hour on two CPU cores for 135 M parameters and the 4,385 items of scientific2018; `--quick` takes 64 of them.
 """
 
 import argparse
