@@ -23,8 +23,8 @@ class Optimizer:
     final_fraction: see `schedule`.
     weight_decay: decoupled, times the learning rate; not on norm scales and biases.
     b1, b2: AdamW's decay rates.
-    state_dtype: of AdamW's moments and Adafactor's statistics: `float32`, or `bfloat16`, rounded at random without bias.
     clip_norm: largest global norm of the gradient; None: not clipped.
+    state_dtype: of AdamW's moments and Adafactor's statistics: `float32`, or `bfloat16`, rounded at random without bias.
   """
 
   name: str = 'adamw'
@@ -43,7 +43,6 @@ class Optimizer:
       raise UserError(f"optimizer.name = {self.name!r}: choose 'adamw' or 'adafactor'.")
     if self.schedule not in ('constant', 'linear', 'cosine', 'rsqrt'):
       raise UserError(f"optimizer.schedule = {self.schedule!r}: choose 'constant', 'linear', 'cosine' or 'rsqrt'.")
-
     if self.state_dtype not in ('float32', 'bfloat16'):
       raise UserError(f"optimizer.state_dtype = {self.state_dtype!r}: choose 'float32' or 'bfloat16'.")
 

@@ -23,6 +23,8 @@ def is_trained(config: DecoderConfig, frozen: Sequence[str]) -> IsTrained:
   Raises:
     UserError: a name that no parameter has, or nothing is left to train.
   """
+  if isinstance(frozen, str):
+    raise UserError(f'train.frozen = {frozen!r}: is one text; write a list of names, [{frozen!r}].')
   paths = list(traverse_util.flatten_dict(abstract_params(config)))
   known = sorted({name for path in paths for name in path})
   if unknown := [name for name in frozen if name not in known]:

@@ -99,7 +99,7 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   plan = BatchPlan(inputs.corpus(sources, 'train'), batch_size=batch_size, length=inputs.length, options=rows, seed=seed)
   validation = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
                        options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)
-  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, 'frozen': list(frozen),
+  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, 'frozen': sorted(frozen),
                  'pretrained': _lineage(model_dir, initial_checkpoint), **inputs.description(sources), 'seed': seed,
                  'gin': gin_text(), 'versions': provenance.versions()}
 
@@ -289,8 +289,9 @@ def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainSta
   model, shapes = TwoTower(Decoder(theirs), Objective()), Shapes(1, 8, 8, 1, 1, 1)
   boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), shapes))
   mesh = jax.tree.leaves(shardings.params)[0].mesh
-  loaded = checkpoints.load(found, params=checkpoints.abstract(nn.unbox(boxed), partitioning.shardings(boxed, mesh)))['params']
-  return make_state({'decoder': lora.merge(loaded['decoder'], theirs)[0]})
+  there = checkpoints.abstract(nn.unbox(boxed), partitioning.shardings(boxed, mesh))
+  # What was loaded has no name here: merged weights replace it, and memory holds one of the two when the state is made.
+  return make_state({'decoder': lora.merge(checkpoints.load(found, params=there)['params']['decoder'], theirs)[0]})
 
 
 def _prefetched(plan: BatchPlan, mesh: jax.sharding.Mesh, start: int, stop: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from calrec_jax.models import lora
-from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder import Decoder, abstract_params
 from calrec_jax.models.decoder_config import PROJECTIONS, DecoderConfig
 
 CONFIG = DecoderConfig(vocab_size=23, n_layers=2, embed_dim=16, n_heads=4, n_kv_heads=2, head_dim=4, ff_dim=24, dtype='float32',
@@ -18,10 +18,9 @@ CONFIG = DecoderConfig(vocab_size=23, n_layers=2, embed_dim=16, n_heads=4, n_kv_
 TOKENS = jnp.arange(8)[None] + 3
 
 
-def parameters(config: DecoderConfig, drawn: bool = True):
-  params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS, TOKENS, TOKENS)['params'])
+def parameters(config: DecoderConfig):
   rng = np.random.default_rng(1)
-  return jax.tree.map(lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), params) if drawn else params
+  return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), abstract_params(config))
 
 
 def hidden(config, params):
@@ -41,15 +40,16 @@ def test_merged_weights_compute_what_the_factors_did(targets):
 
 
 def test_only_the_targets_have_factors_and_these_begin_as_nothing():
-  params = parameters(dataclasses.replace(CONFIG, lora_targets=('value', 'gate')), drawn=False)
+  config = dataclasses.replace(CONFIG, lora_targets=('value', 'gate'))
+  params = nn.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS, TOKENS, TOKENS)['params'])
   flat = traverse_util.flatten_dict(params)
   assert {path[-2] for path in flat if path[-1] in lora.FACTORS} == {'value', 'gate'}
   assert flat['layers', 'attention', 'value', 'lora_a'].shape == (2, 16, 3)
   assert flat['layers', 'attention', 'value', 'lora_b'].shape == (2, 3, 2, 4)
-  merged, plain = lora.merge(params, CONFIG)
+  merged, plain = lora.merge(params, config)
   for path, leaf in traverse_util.flatten_dict(merged).items():
     np.testing.assert_array_equal(leaf, flat[path])
-  assert plain == dataclasses.replace(CONFIG, lora_rank=0, lora_alpha=DecoderConfig.lora_alpha)
+  assert plain == lora.plain(CONFIG) == dataclasses.replace(CONFIG, lora_rank=0, lora_alpha=DecoderConfig.lora_alpha)
 
 
 def test_without_factors_nothing_happens():
@@ -59,6 +59,6 @@ def test_without_factors_nothing_happens():
 
 
 def test_weights_keep_their_type():
-  config = dataclasses.replace(CONFIG, param_dtype='bfloat16')
+  config = dataclasses.replace(CONFIG, param_dtype='bfloat16', lora_targets=('up',))
   merged, _ = lora.merge(parameters(config), config)
   assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}

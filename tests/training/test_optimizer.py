@@ -56,13 +56,14 @@ def test_adamw_is_its_formula(changes):
     assert not np.allclose(found['kernel'], expected(rate=lambda step: schedule(max(step - 1, 0))), rtol=1e-3)
 
 
-def test_weight_decay_leaves_norm_scales_alone():
+def test_weight_decay_leaves_norm_scales_and_biases_alone():
   params = {'attention_norm': {'scale': jnp.ones(3)}, 'final_norm': {'scale': jnp.ones(3)}, 'kernel': jnp.ones((3, 3)),
-            'embedding': jnp.ones((3, 3))}
+            'embedding': jnp.ones((3, 3)), 'query': {'bias': jnp.ones((2, 3))}}
   zero = jax.tree.map(jnp.zeros_like, params)
   after = run(dataclasses.replace(PLAIN, weight_decay=0.5), params, [zero])
   np.testing.assert_array_equal(after['attention_norm']['scale'], 1)
   np.testing.assert_array_equal(after['final_norm']['scale'], 1)
+  np.testing.assert_array_equal(after['query']['bias'], 1)
   np.testing.assert_allclose(after['kernel'], 1 - 0.1 * 0.5, rtol=1e-6)
   np.testing.assert_allclose(after['embedding'], 1 - 0.1 * 0.5, rtol=1e-6)
 
@@ -140,7 +141,8 @@ def test_a_quadratic_is_descended(name):
   assert n_state < 0.1 * goal.size if name == 'adafactor' else n_state > 2 * goal.size
 
 
-@pytest.mark.parametrize('options, named', [({'name': 'sgd'}, 'sgd'), ({'schedule': 'step'}, 'step')])
+@pytest.mark.parametrize('options, named', [({'name': 'sgd'}, 'sgd'), ({'schedule': 'step'}, 'step'),
+                                            ({'state_dtype': 'float16'}, 'float16')])
 def test_unknown_choices(options, named):
   with pytest.raises(UserError, match=f"{named}.*choose"):
     Optimizer(**options)

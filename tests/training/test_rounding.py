@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calrec_jax.training import rounding
+from calrec_jax.training.optimizer import Optimizer
 
 ROUND = jax.jit(jax.vmap(rounding.stochastic_round, in_axes=(None, 0)))
 KEYS = jax.random.split(jax.random.key(0), 2000)
@@ -53,6 +55,50 @@ def test_leaves_have_noise_of_their_own_and_other_types_are_kept():
   assert stored['a'].dtype == jnp.bfloat16 and (stored['a'] != stored['b']).any() and stored['n'].dtype == jnp.int32
   again = rounding.store(tree, like, jax.random.key(0))
   np.testing.assert_array_equal(stored['a'], again['a'])
+
+
+def test_noise_is_uniform_and_independent_of_index_key_and_leaf():
+  n = 2**18
+  x = jnp.full((n // 8, 8), 1 + 0.3 * 2**-7, jnp.float32)
+  key = lambda step, leaf: jax.random.fold_in(jax.random.fold_in(KEYS[0], step), leaf)
+  draw = lambda step, leaf: np.asarray(rounding.stochastic_round(x, key(step, leaf)),
+                                       np.float64).ravel() > 1
+  first, later, other = draw(0, 0), draw(1, 0), draw(0, 1)
+  bound = 5 / n**0.5
+  for up in (first, later, other):
+    assert abs(up.mean() - 0.3) < bound
+  correlation = lambda a, b: abs(np.corrcoef(a, b)[0, 1])
+  for shift in (1, 2, 8, 64, 4096):
+    assert correlation(first[shift:], first[:-shift]) < bound, shift
+  assert correlation(first, later) < bound and correlation(first, other) < bound and correlation(later, other) < bound
+  assert correlation(first, draw(0, 0)) > bound  # the mutant: a key that is used again
+
+
+def test_rounding_needs_no_memory_of_its_own(monkeypatch):
+  x = jnp.ones((1000, 1000))
+  needed = lambda: jax.jit(lambda x, key: rounding.stochastic_round(x, key)).lower(x, KEYS[0]).compile().memory_analysis()
+  assert needed().temp_size_in_bytes < 0.01 * x.nbytes
+  monkeypatch.setattr(rounding, '_noise', lambda shape, key: jax.random.bits(key, shape, jnp.uint32))
+  assert needed().temp_size_in_bytes > x.nbytes  # the mutant: words for every element
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adafactor'])
+def test_a_quadratic_is_descended_with_parameters_and_state_in_bfloat16(name):
+  goal = jnp.asarray(np.random.default_rng(0).normal(size=(130, 140)), jnp.float32)  # large enough for factored statistics
+  optimizer = Optimizer(name=name, learning_rate=0.02, warmup_steps=5, weight_decay=0.0, state_dtype='bfloat16').build(200)
+  start = {'kernel': jnp.zeros_like(goal, jnp.bfloat16)}
+  state = optimizer.init(rounding.as_float32(start))
+  assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int32)}
+  @jax.jit
+  def step(params, state, key):
+    exact = rounding.as_float32(params)
+    updates, state = optimizer.update(jax.tree.map(lambda w: w - goal, exact), state, exact)
+    return rounding.store(optax.apply_updates(exact, updates), params, key), state
+  params = start
+  for key in KEYS[:200]:
+    params, state = step(params, state, key)
+  assert params['kernel'].dtype == jnp.bfloat16
+  assert jnp.mean((params['kernel'] - goal) ** 2) < 0.01 * jnp.mean(goal**2)
 
 
 def test_a_stored_optimizer_follows_the_exact_one():

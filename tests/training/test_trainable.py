@@ -1,6 +1,7 @@
 """What is trained moves, what is frozen stays bit by bit; runs with factors, and in bfloat16, are runs like others."""
 
 import dataclasses
+import json
 import logging
 import shutil
 
@@ -21,6 +22,7 @@ from calrec_jax.training.optimizer import Optimizer
 from calrec_jax.training.partitioning import MeshShape
 
 LORA = dataclasses.replace(tiny.DECODER, lora_rank=2)
+PRETRAINED = {'name': 'base', 'license': 'mit'}
 
 
 def weights(model_dir, config=tiny.DECODER, step=None):
@@ -34,9 +36,11 @@ def weights(model_dir, config=tiny.DECODER, step=None):
 
 @pytest.fixture(scope='module')
 def full(tiny_store, tmp_path_factory):
-  """A run of stage I, all weights trained."""
+  """A run of stage I, all weights trained; its description says that it began with a pretrained model."""
   folder = tmp_path_factory.mktemp('full') / 'run'
-  tiny.train(tiny_store, folder, train_steps=2, batch_size=8)
+  tiny.train(tiny_store, folder, train_steps=2)
+  found = checkpoints.find(folder)
+  (found.folder / 'description/metadata').write_text(json.dumps(found.description | {'pretrained': PRETRAINED}))
   return folder
 
 
@@ -63,6 +67,7 @@ def test_with_factors_only_they_move_and_only_they_have_an_optimizer_state(tiny_
   n = sum(leaf.size for leaf in after.values())
   assert f'{n:,} parameters, {n_trained:,} of them trained' in line
   assert f'parameters {4 * n / 1e6:,.1f} MB of float32; optimizer state {8 * n_trained / 1e6:,.1f} MB of float32' in line
+  assert json.loads((tmp_path / 'run/run.json').read_text())['memory'] == line
 
 
 @pytest.fixture(scope='module')
@@ -80,6 +85,8 @@ def test_a_resumed_run_of_factors_is_the_uninterrupted_one(tiny_store, full, low
   expected = weights(low_rank)
   for path, leaf in weights(tmp_path / 'run').items():
     np.testing.assert_array_equal(leaf, expected[path])
+  for run in (low_rank, tmp_path / 'run'):  # begun from `full`, and gone on with: both know the model at the root
+    assert checkpoints.find(run).description['pretrained'] == PRETRAINED
 
 
 def starts_as(tiny_store, folder, initial, decoder):
@@ -103,19 +110,25 @@ def test_factors_are_trained_on_or_merged_into_what_comes_next(tiny_store, low_r
     assert all(not begun[path].any() for path in begun if path[-1] == 'lora_b')
 
 
-def test_frozen_parameters_stay_bit_by_bit_on_a_mesh_as_on_one_device(tiny_store, full, tmp_path):
-  runs = {}
-  for name, mesh in (('one', MeshShape(1, 1, 8)), ('eight', MeshShape(8, 1, 1))):
-    tiny.train(tiny_store, tmp_path / name, frozen=('embedding', 'mlp'), initial_checkpoint=str(full), train_steps=2, mesh=mesh)
-    runs[name] = weights(tmp_path / name)
-  before = weights(full)
-  for path, leaf in before.items():
-    frozen = path[0] == 'embedding' or 'mlp' in path
-    assert np.array_equal(runs['one'][path], leaf) == np.array_equal(runs['eight'][path], leaf) == frozen, path
-    np.testing.assert_allclose(runs['one'][path], runs['eight'][path], atol=1e-5 * max(np.abs(leaf).max(), 1))
+@pytest.mark.parametrize('decoder', [tiny.DECODER, LORA], ids=['all', 'factors'])
+def test_frozen_parameters_stay_bit_by_bit_on_any_mesh(tiny_store, full, tmp_path, decoder):
+  runs = []
+  for mesh in (MeshShape(8, 1, 1), MeshShape(2, 2, 2)):
+    runs.append(tmp_path / str(mesh.data))
+    tiny.train(tiny_store, runs[-1], decoder=decoder, frozen=('embedding', 'mlp'), initial_checkpoint=str(full), train_steps=2,
+               mesh=mesh)
+  before, (first, second) = weights(full), map(weights, runs)
+  for path, leaf in first.items():
+    np.testing.assert_allclose(leaf, second[path], atol=1e-5 * max(np.abs(leaf).max(), 1))
+    frozen = path[0] == 'embedding' or 'mlp' in path or (decoder == LORA and path[-1] not in lora.FACTORS)
+    if path in before:
+      assert np.array_equal(leaf, before[path]) == np.array_equal(second[path], before[path]) == frozen, path
+    elif path[-1] == 'lora_b':
+      assert leaf.any() == second[path].any() == (not frozen), path
 
 
-@pytest.mark.parametrize('frozen, message', [(('embeddings',), "no parameter is called 'embeddings'; there are attention, "),
+@pytest.mark.parametrize('frozen, message', [('embedding', r"is one text; write a list of names, \['embedding'\]"),
+                                             (('embeddings',), "no parameter is called 'embeddings'; there are attention, "),
                                              (('layers', 'embedding', 'final_norm'), 'nothing is left to train')])
 def test_names_that_freeze_nothing_or_all_are_refused(tiny_store, tmp_path, frozen, message):
   with pytest.raises(UserError, match=message):
