@@ -19,32 +19,29 @@ import numpy as np
 
 from calrec_jax.data import histories
 from calrec_jax.inference import loading, score
+from calrec_jax.inference.generate import padded
 from calrec_jax.pretrained.importing import import_model
 from calrec_jax.text.templates import ItemTemplate
 
 
 def batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
-  """Rows of similar length together."""
+  """Rows of similar length together; a batch's longest is its last."""
   ordered = sorted(rows, key=len)
   return [ordered[start:start + size] for start in range(0, len(ordered), size)]
 
 
-def padded(rows: list[list[int]], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens, which are real) of rows, filled up with zeros on the right."""
-  length = -(-max(map(len, rows)) // multiple) * multiple
-  tokens_BL, real_BL = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
-  for i, row in enumerate(rows):
-    tokens_BL[i, :len(row)], real_BL[i, :len(row)] = row, True
-  return tokens_BL, real_BL
+def real(tokens_BL: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+  """bool [B, L]: which tokens are no padding."""
+  return np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
 
 
 def ours(loaded: loading.Loaded, rows: list[list[int]]) -> float:
   """Nats over all tokens but each row's first."""
   total = 0.0
   for batch in batches(rows, 16):
-    tokens_BL, real_BL = padded(batch, 32)
-    logprobs_BL = np.asarray(score._logprobs(loaded.decoder, loaded.params, tokens_BL, real_BL), np.float64)
-    total -= logprobs_BL[real_BL[:, 1:]].sum()
+    tokens_BL, lengths_B = padded(batch, -(-len(batch[-1]) // 32) * 32)
+    logprobs_BL = np.asarray(score.token_logprobs(loaded.decoder, loaded.params, tokens_BL, lengths_B), np.float64)
+    total -= logprobs_BL[real(tokens_BL, lengths_B)[:, 1:]].sum()
   return total
 
 
@@ -55,7 +52,8 @@ def theirs(path: pathlib.Path, rows: list[list[int]]) -> float:
   total = 0.0
   with torch.inference_mode():
     for batch in batches(rows, 16):
-      tokens_BL, real_BL = map(torch.from_numpy, padded(batch))
+      tokens_BL, lengths_B = padded(batch, len(batch[-1]))
+      tokens_BL, real_BL = map(torch.from_numpy, (tokens_BL, real(tokens_BL, lengths_B)))
       logits_BLV = model(tokens_BL.long(), attention_mask=real_BL.long()).logits[:, :-1]
       chosen_BL = torch.gather(torch.log_softmax(logits_BLV, -1), 2, tokens_BL[:, 1:, None].long())[..., 0]
       total -= chosen_BL[real_BL[:, 1:]].double().sum().item()

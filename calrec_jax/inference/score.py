@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calrec_jax.errors import UserError
+from calrec_jax.inference.generate import padded
 from calrec_jax.inference.loading import Loaded
 from calrec_jax.models.decoder import Decoder
 
@@ -37,17 +38,16 @@ def score_text(loaded: Loaded, text: str) -> dict[str, list]:
 
 def score(decoder: Decoder, params: Mapping, token_ids: Sequence[int]) -> np.ndarray:
   """log P(token i | tokens before it) for i = 1 …: float32 [L - 1], nats, softmax over the whole vocabulary."""
-  padded_L = np.zeros(-(-len(token_ids) // _BUCKET) * _BUCKET, np.int32)
-  padded_L[:len(token_ids)] = token_ids
-  real_L = np.arange(len(padded_L)) < len(token_ids)
-  return np.asarray(_logprobs(decoder, params, padded_L[None], real_L[None]))[0, :len(token_ids) - 1]
+  tokens_BL, lengths_B = padded([np.asarray(token_ids)], -(-len(token_ids) // _BUCKET) * _BUCKET)
+  return np.asarray(token_logprobs(decoder, params, tokens_BL, lengths_B))[0, :len(token_ids) - 1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(decoder: Decoder, params: Any, tokens_BL: jax.Array, real_BL: jax.Array) -> jax.Array:
-  """[B, L - 1]: of each token after a row's first."""
+def token_logprobs(decoder: Decoder, params: Any, tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
+  """float32 [B, L - 1], nats: of each token after a row's first. What lies behind a row's length is padding."""
   positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
-  hidden_BLD = decoder.apply({'params': params}, tokens_BL, real_BL.astype(jnp.int32), positions_BL)
+  segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
+  hidden_BLD = decoder.apply({'params': params}, tokens_BL, segments_BL, positions_BL)
   logits_BLV = decoder.apply({'params': params}, hidden_BLD[:, :-1], method='logits')
   chosen_BL = jnp.take_along_axis(logits_BLV, tokens_BL[:, 1:, None], axis=-1)[..., 0]
   return chosen_BL - jax.nn.logsumexp(logits_BLV, axis=-1)

@@ -57,13 +57,13 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 def attend(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask_BLL: jax.Array, config: DecoderConfig) -> jax.Array:
   """Attention over a whole sequence, [B, L, H, K]; softmax in float32."""
-  scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
   if config.attention_softcap is None:
-    return jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, mask=mask_BLL[:, None], scale=scale)
+    return jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, mask=mask_BLL[:, None], scale=config.attention_scale)
   B, L, H, K = q_BLHK.shape
   q_BLGRK = q_BLHK.reshape(B, L, k_BLGK.shape[2], -1, K)
-  scores_BGRLL = scale * jnp.einsum('blgrk,bmgk->bgrlm', q_BLGRK, k_BLGK, preferred_element_type=jnp.float32)
-  scores_BGRLL = jnp.where(mask_BLL[:, None, None], softcap(scores_BGRLL, config.attention_softcap), -jnp.inf)
+  scores_BGRLL = jnp.einsum('blgrk,bmgk->bgrlm', q_BLGRK, k_BLGK, preferred_element_type=jnp.float32)
+  scores_BGRLL = softcap(config.attention_scale * scores_BGRLL, config.attention_softcap)
+  scores_BGRLL = jnp.where(mask_BLL[:, None, None], scores_BGRLL, -jnp.inf)
   weights_BGRLL = jax.nn.softmax(scores_BGRLL, axis=-1).astype(q_BLHK.dtype)
   return jnp.einsum('bgrlm,bmgk->blgrk', weights_BGRLL, v_BLGK).reshape(B, L, H, K)
 
@@ -73,7 +73,7 @@ def attend_step(q_UNHK: jax.Array, prefix: Cache, suffix: Cache, step: Step, con
   """Attention of N new tokens a user to the one prefix [U, P, G, K] and to each one's suffix [U, N, T, G, K]."""
   U, N, H, K = q_UNHK.shape
   G, T, P = prefix.keys.shape[2], suffix.keys.shape[2], prefix.keys.shape[1]
-  q_UNGRK = q_UNHK.reshape(U, N, G, H // G, K) * (K**-0.5 if config.query_scale is None else config.query_scale)
+  q_UNGRK = q_UNHK.reshape(U, N, G, H // G, K) * config.attention_scale
   prefix_UNGRP = jnp.einsum('ungrk,upgk->ungrp', q_UNGRK, prefix.keys, preferred_element_type=jnp.float32)
   suffix_UNGRT = jnp.einsum('ungrk,untgk->ungrt', q_UNGRK, suffix.keys, preferred_element_type=jnp.float32)
   back_UNP = step.positions[..., None] - jnp.arange(P)[None, None, :]

@@ -30,12 +30,15 @@ class Block(nn.Module):
                turned: Rotation) -> tuple[jax.Array, Cache | None]:
     c = self.config
     drop = nn.Dropout(c.dropout, deterministic=not self.train)
-    post = (lambda name: RMSNorm(c, name=name)) if c.post_norms else (lambda name: lambda y_BLD: y_BLD)
     y_BLD = RMSNorm(c, name='attention_norm')(x_BLD)
     y_BLD, cache = Attention(c, name='attention')(y_BLD, caches, local, where, turned)
-    x_BLD = x_BLD + drop(post('post_attention_norm')(y_BLD))
+    if c.post_norms:
+      y_BLD = RMSNorm(c, name='post_attention_norm')(y_BLD)
+    x_BLD = x_BLD + drop(y_BLD)
     y_BLD = GatedMlp(c, name='mlp')(RMSNorm(c, name='mlp_norm')(x_BLD))
-    x_BLD = x_BLD + drop(post('post_mlp_norm')(y_BLD))
+    if c.post_norms:
+      y_BLD = RMSNorm(c, name='post_mlp_norm')(y_BLD)
+    x_BLD = x_BLD + drop(y_BLD)
     x_BLD = nn.with_logical_constraint(x_BLD, ('batch', 'length', 'activation_embed'))
     return x_BLD, cache if self.keep_cache else None
 
@@ -105,7 +108,12 @@ class Decoder(nn.Module):
     return Cache(jnp.zeros(shape, c.compute_dtype), jnp.zeros(shape, c.compute_dtype))
 
 
-def abstract_params(config: DecoderConfig) -> Any:
-  """Shapes and dtypes of the decoder's parameters, as a tree without boxes."""
+def boxed_params(config: DecoderConfig) -> Any:
+  """Shapes and dtypes of the decoder's parameters, each with its logical axis names."""
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return nn.unbox(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)['params'])
+  return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)['params']
+
+
+def abstract_params(config: DecoderConfig) -> Any:
+  """Shapes and dtypes of the decoder's parameters."""
+  return nn.unbox(boxed_params(config))

@@ -120,6 +120,11 @@ class DecoderConfig:
     return jnp.dtype(self.dtype)
 
   @property
+  def attention_scale(self) -> float:
+    """What attention scores are multiplied by."""
+    return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+  @property
   def local_layers(self) -> tuple[bool, ...]:
     """Which layers see a window only: `layer_pattern`, repeated and cut to `n_layers`."""
     return tuple(self.layer_pattern[layer % len(self.layer_pattern)] == 'L' for layer in range(self.n_layers))

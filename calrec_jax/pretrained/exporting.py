@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from calrec_jax import outputs, provenance
+from calrec_jax import __version__, outputs
 from calrec_jax.inference.loading import Loaded, load
 from calrec_jax.pretrained import families, model_card
 from calrec_jax.pretrained.safetensors_files import read_json, write_shards
@@ -64,4 +64,4 @@ def _facts(loaded: Loaded, dtype: str) -> dict[str, Any]:
   pretrained = loaded.found.description.get('pretrained') or {}
   longest = max(pretrained.get('max_position_embeddings', 0), sum(loaded.lengths.values()))
   return {'torch_dtype': dtype, 'max_position_embeddings': longest,
-          'calrec_jax_version': provenance.versions()['calrec_jax'], 'pad_token_id': None, **_special_ids(loaded)}
+          'calrec_jax_version': __version__, 'pad_token_id': None, **_special_ids(loaded)}

@@ -188,14 +188,11 @@ def _check_kinds(keys: Mapping[str, Any], where: str) -> None:
 
 def _refuse(keys: Mapping[str, Any], where: str) -> None:
   """Raises UserError for what the decoder does not have."""
-  found = {key: keys[key] for key in ('use_bidirectional_attention',) if keys.get(key)}
-  if keys.get('partial_rotary_factor', 1) != 1:
-    found['partial_rotary_factor'] = keys['partial_rotary_factor']
-  if keys['hidden_act'] not in _ACTIVATIONS:
-    found['hidden_act'] = keys['hidden_act']
-  if found:
-    raise UserError(f'{where}: {", ".join(f"{key} = {value!r}" for key, value in found.items())} is not known here; choose '
-                    'another model.')
+  strange = {'use_bidirectional_attention': keys.get('use_bidirectional_attention'),
+             'partial_rotary_factor': keys.get('partial_rotary_factor', 1) != 1,
+             'hidden_act': keys['hidden_act'] not in _ACTIVATIONS}
+  if found := [f'{key} = {keys[key]!r}' for key, is_strange in strange.items() if is_strange]:
+    raise UserError(f'{where}: {", ".join(found)} is not known here; choose another model.')
 
 
 def _windows(family: Family, keys: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from calrec_jax.models.decoder_config import DecoderConfig
 # llama.cpp's architecture -> transformers'.
 ARCHITECTURES = {'llama': 'llama', 'qwen2': 'qwen2', 'qwen3': 'qwen3', 'gemma': 'gemma', 'gemma2': 'gemma2',
                  'gemma3': 'gemma3_text'}
-_TOP = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output'}
+# Names of tensors, there -> here.
+_TOP = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 _LAYER = {
-    'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
-    'self_attn.q_norm': 'attn_q_norm', 'self_attn.k_norm': 'attn_k_norm', 'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up',
-    'mlp.down_proj': 'ffn_down', 'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm'}
-_POST_NORMS = {'post_attention_layernorm': 'post_attention_norm', 'pre_feedforward_layernorm': 'ffn_norm',
-               'post_feedforward_layernorm': 'post_ffw_norm'}
+    'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
+    'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj',
+    'ffn_down': 'mlp.down_proj', 'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm'}
+_POST_NORMS = {'post_attention_norm': 'post_attention_layernorm', 'ffn_norm': 'pre_feedforward_layernorm',
+               'post_ffw_norm': 'post_feedforward_layernorm'}
 _ROPE_FREQS = 'rope_freqs.weight'
 # llama.cpp knows the largest Gemmas by their layers: their scores are scaled by the width of a head's share of the embedding.
 _SCALED_BY_SHARE = {('gemma2', 46), ('gemma3', 62)}
@@ -40,12 +41,8 @@ class GgufSource:
     self.about = {'name': metadata.get('general.name') or self.file.path.stem, 'license': metadata.get('general.license'),
                   'max_position_embeddings': metadata.get(f'{self.kind}.context_length', 2048), 'source': self.file.path.name}
     self.dtype = 'float32'  # norms are that in every file
-    self.shards = [self.file.path.stat().st_size]
-    to_hf = {there: here for here, there in (_LAYER | (_POST_NORMS if self.config.post_norms else {})).items()}
-    self._names = {}
-    for name in self.file.tensors:
-      if name != _ROPE_FREQS:
-        self._names[_hf_name(name, to_hf)] = name
+    parts = _LAYER | (_POST_NORMS if self.config.post_norms else {})
+    self._names = {_hf_name(name, parts): name for name in self.file.tensors if name != _ROPE_FREQS}
 
   def names(self) -> set[str]:
     return set(self._names)
@@ -67,14 +64,13 @@ def _unpaired(rows: np.ndarray, heads: int) -> np.ndarray:
   return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _hf_name(name: str, to_hf: dict[str, str]) -> str:
+def _hf_name(name: str, parts: dict[str, str]) -> str:
   """Hugging Face's name of a tensor; an unknown one keeps its own, which the import then names."""
   if match := re.fullmatch(r'blk\.(\d+)\.(\w+)\.(weight|bias)', name):
     layer, part, kind = match.groups()
-    return f'model.layers.{layer}.{to_hf[part]}.{kind}' if part in to_hf else name
-  top = {there: here for here, there in _TOP.items()}
+    return f'model.layers.{layer}.{parts[part]}.{kind}' if part in parts else name
   stem, _, kind = name.rpartition('.')
-  return f'{top[stem]}.{kind}' if stem in top else name
+  return f'{_TOP[stem]}.{kind}' if stem in _TOP else name
 
 
 def _config(file: GgufFile, kind: str) -> DecoderConfig:

@@ -50,9 +50,7 @@ class SafetensorsSource:
     self.architecture = family.model_type
     self.about = {'name': hf.get('_name_or_path') or _name(self.folder), 'license': _license(self.folder),
                   'max_position_embeddings': keys['max_position_embeddings'], 'source': self.folder.resolve().name}
-    files = _files(self.folder)
-    self.shards = [file.stat().st_size for file in files]
-    self._places = {name: place for file in files for name, place in _places(file).items()}
+    self._places = {name: place for file in _files(self.folder) for name, place in _places(file).items()}
     self.dtype = 'bfloat16' if {place.dtype for place in self._places.values()} == {_DTYPES['BF16']} else 'float32'
 
   def names(self) -> set[str]:
@@ -129,8 +127,7 @@ def _write(path: pathlib.Path, names: Sequence[str], shapes: Mapping[str, tuple[
   with open(path, 'wb') as file:
     file.write(len(text).to_bytes(8, 'little') + text)
     for name in names:
-      file.write(np.ascontiguousarray(read(name)).data.cast('B') if dtype == 'float32'
-                 else np.ascontiguousarray(read(name)).view(np.uint16).data.cast('B'))
+      file.write(np.ascontiguousarray(read(name)).view(np.uint8).data)
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

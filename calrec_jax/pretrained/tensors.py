@@ -34,14 +34,12 @@ class TensorSource(Protocol):
     architecture: its `model_type`.
     about: `name`, `license` (None where it is not stated), `max_position_embeddings`, `source`.
     dtype: `bfloat16` if every tensor is that, else `float32`.
-    shards: bytes of each file.
   """
 
   config: DecoderConfig
   architecture: str
   about: dict[str, Any]
   dtype: str
-  shards: list[int]
 
   def names(self) -> set[str]:
     """Of all tensors, without what stands before `model.` in a model of several kinds of input."""

@@ -4,9 +4,11 @@
 (decoder shape, vocabulary, texts, lengths, data, gin text, versions). A half-written step has another name and is not seen.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -109,17 +111,24 @@ def find(path: str | pathlib.Path) -> Found:
                     'one.') from error
 
 
+@contextlib.contextmanager
+def _reading(found: Found) -> Iterator[ocp.StandardCheckpointer]:
+  """A reader of a checkpoint's items; what it raises for a damaged one becomes a UserError."""
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      yield checkpointer
+  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+    raise UserError(f'{found.folder}: the checkpoint cannot be read ({_first_line(error)}); remove this step to use an earlier '
+                    'one.') from error
+
+
 def load(found: Found, **items: Any) -> dict[str, Any]:
   """Items of a checkpoint (`params`, `rest`), each laid out as the given abstract tree (shape, dtype, sharding).
 
   Raises UserError for a damaged one.
   """
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      return {name: checkpointer.restore(found.folder / name, target) for name, target in items.items()}
-  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
-    raise UserError(f'{found.folder}: the checkpoint cannot be read ({_first_line(error)}); remove this step to use an earlier '
-                    'one.') from error
+  with _reading(found) as checkpointer:
+    return {name: checkpointer.restore(found.folder / name, target) for name, target in items.items()}
 
 
 def check_fits(found: Found, *, decoder: DecoderConfig, vocabulary: str, template: dict[str, Any]) -> None:
@@ -149,10 +158,6 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 def stored_dtype(found: Found) -> str:
   """The type of a checkpoint's weights: `bfloat16` if all are that, else `float32`. Raises UserError for a damaged one."""
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      leaves = jax.tree.leaves(checkpointer.metadata(found.folder / 'params').item_metadata.tree)
-  except Exception as error:  # see `load`
-    raise UserError(f'{found.folder}: the checkpoint cannot be read ({_first_line(error)}); remove this step to use an earlier '
-                    'one.') from error
+  with _reading(found) as checkpointer:
+    leaves = jax.tree.leaves(checkpointer.metadata(found.folder / 'params').item_metadata.tree)
   return 'bfloat16' if all(str(leaf.dtype) == 'bfloat16' for leaf in leaves) else 'float32'

@@ -25,17 +25,16 @@ from jax.experimental import multihost_utils
 from calrec_jax import provenance
 from calrec_jax.errors import UserError
 from calrec_jax.models import lora
-from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder import Decoder, boxed_params
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import BatchPlan, OnePass, RowOptions
-from calrec_jax.text.rows import Shapes
 from calrec_jax.training import checkpoints, partitioning, trainable
 from calrec_jax.training.inputs import Inputs
 from calrec_jax.training.optimizer import Optimizer
 from calrec_jax.training.partitioning import MeshShape
-from calrec_jax.training.train_step import TrainState, init_params, make_eval_step, make_train_step, new_state
+from calrec_jax.training.train_step import TrainState, make_eval_step, make_train_step, new_state
 from calrec_jax.training.trainable import IsTrained
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, start again to go on
@@ -286,8 +285,7 @@ def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainSta
   theirs = found.decoder_config(param_dtype=decoder.param_dtype)
   if theirs.shape() == decoder.shape():  # factors, if there are any, are trained on
     return make_state(checkpoints.load(found, params=abstract_params)['params'])
-  model, shapes = TwoTower(Decoder(theirs), Objective()), Shapes(1, 8, 8, 1, 1, 1)
-  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), shapes))
+  boxed = {'decoder': boxed_params(theirs)}
   mesh = jax.tree.leaves(shardings.params)[0].mesh
   there = checkpoints.abstract(nn.unbox(boxed), partitioning.shardings(boxed, mesh))
   # What was loaded has no name here: merged weights replace it, and memory holds one of the two when the state is made.

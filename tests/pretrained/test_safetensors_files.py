@@ -18,7 +18,7 @@ TENSORS = {'a': RNG.normal(size=(7, 5)).astype(np.float32), 'b': RNG.normal(size
 def test_rows_are_those_that_the_library_reads(tmp_path):
   folder = pretrained_models.save(pretrained_models.make('qwen2'), tmp_path, max_shard_size='8KB')
   source = SafetensorsSource(folder)
-  assert len(source.shards) > 1
+  assert len(list(folder.glob('*.safetensors'))) > 1
   for file in folder.glob('*.safetensors'):
     for name, expected in safetensors.numpy.load_file(file).items():
       np.testing.assert_array_equal(source.read(name), expected)
