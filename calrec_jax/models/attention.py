@@ -13,6 +13,8 @@ from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.layers import Projection, RMSNorm
 from calrec_jax.models.rope import Rotation
 
+QUERY_BLOCK = 128  # queries that are attended for at once
+
 
 @flax.struct.dataclass
 class Cache:
@@ -56,16 +58,29 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def attend(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask_BLL: jax.Array, config: DecoderConfig) -> jax.Array:
-  """Attention over a whole sequence, [B, L, H, K]; softmax in float32."""
+  """Causal attention over a whole sequence, [B, L, H, K]; softmax in float32.
+
+  A block of queries reads the keys up to its end only: of a long sequence nearly half of the scores are never computed.
+  """
+  L = q_BLHK.shape[1]
+  blocks = [slice(start, min(start + QUERY_BLOCK, L)) for start in range(0, L, QUERY_BLOCK)]
+  return jnp.concatenate([
+      _attend_block(q_BLHK[:, block], k_BLGK[:, :block.stop], v_BLGK[:, :block.stop], mask_BLL[:, block, :block.stop], config)
+      for block in blocks], axis=1)
+
+
+def _attend_block(q_BCHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask_BCL: jax.Array,
+                  config: DecoderConfig) -> jax.Array:
+  """Attention of some queries, [B, C, H, K]."""
   if config.attention_softcap is None:
-    return jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, mask=mask_BLL[:, None], scale=config.attention_scale)
-  B, L, H, K = q_BLHK.shape
-  q_BLGRK = q_BLHK.reshape(B, L, k_BLGK.shape[2], -1, K)
-  scores_BGRLL = jnp.einsum('blgrk,bmgk->bgrlm', q_BLGRK, k_BLGK, preferred_element_type=jnp.float32)
-  scores_BGRLL = softcap(config.attention_scale * scores_BGRLL, config.attention_softcap)
-  scores_BGRLL = jnp.where(mask_BLL[:, None, None], scores_BGRLL, -jnp.inf)
-  weights_BGRLL = jax.nn.softmax(scores_BGRLL, axis=-1).astype(q_BLHK.dtype)
-  return jnp.einsum('bgrlm,bmgk->blgrk', weights_BGRLL, v_BLGK).reshape(B, L, H, K)
+    return jax.nn.dot_product_attention(q_BCHK, k_BLGK, v_BLGK, mask=mask_BCL[:, None], scale=config.attention_scale)
+  B, C, H, K = q_BCHK.shape
+  q_BCGRK = q_BCHK.reshape(B, C, k_BLGK.shape[2], -1, K)
+  scores_BGRCL = jnp.einsum('bcgrk,bmgk->bgrcm', q_BCGRK, k_BLGK, preferred_element_type=jnp.float32)
+  scores_BGRCL = softcap(config.attention_scale * scores_BGRCL, config.attention_softcap)
+  scores_BGRCL = jnp.where(mask_BCL[:, None, None], scores_BGRCL, -jnp.inf)
+  weights_BGRCL = jax.nn.softmax(scores_BGRCL, axis=-1).astype(q_BCHK.dtype)
+  return jnp.einsum('bgrcm,bmgk->bcgrk', weights_BGRCL, v_BLGK).reshape(B, C, H, K)
 
 
 def attend_step(q_UNHK: jax.Array, prefix: Cache, suffix: Cache, step: Step, config: DecoderConfig,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -39,6 +40,11 @@ class Objective:
     if self.direction not in DIRECTIONS:
       raise UserError(f'objective.direction = {self.direction!r}: choose one of {DIRECTIONS}.')
 
+  @property
+  def contrasts(self) -> bool:
+    """Whether a contrastive loss has any weight."""
+    return bool(self.alpha or self.beta)
+
   def total(self, nig: jax.Array, tt: jax.Array, ut: jax.Array) -> jax.Array:
     return (1 - self.alpha - self.beta) * nig + self.alpha * tt + self.beta * ut
 
@@ -51,16 +57,16 @@ def unit(x_ED: jax.Array) -> jax.Array:
   return jnp.where(is_zero_E1, 0.0, x_ED * jax.lax.rsqrt(jnp.where(is_zero_E1, 1.0, squares_E1)))
 
 
-def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
-             objective: Objective) -> jax.Array:
-  """InfoNCE of each span's context with its target, against the other spans': float32 [E], nats a span.
+def contrast_logits(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
+                    objective: Objective) -> jax.Array:
+  """cosine / τ of each span's context (rows) with each one's target: float32 [E, E]; −inf where a span is no negative.
 
   Args:
     context_ED: v_U or v_T|U of each span.
     target_ED: v_T of each span.
-    text_E: identity of the target's text; 0 marks an empty slot, which costs nothing and is nobody's negative.
+    text_E: identity of the target's text; 0 marks an empty slot, which is nobody's negative.
     history_E: identity of the span's history in the batch.
-    objective: temperature, direction and what is masked.
+    objective: temperature and what is masked.
   """
   cosine_EE = jnp.einsum('ed,fd->ef', unit(context_ED), unit(target_ED), precision='highest')
   one_EE = jnp.eye(len(text_E), dtype=bool)
@@ -70,16 +76,39 @@ def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, his
     excluded_EE |= text_E[:, None] == text_E[None, :]
   if objective.mask_same_history:
     excluded_EE |= history_E[:, None] == history_E[None, :]
-  logits_EE = jnp.where(excluded_EE & ~one_EE, -jnp.inf, cosine_EE / objective.temperature)
+  return jnp.where(excluded_EE & ~one_EE, -jnp.inf, cosine_EE / objective.temperature)
+
+
+def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
+             objective: Objective) -> jax.Array:
+  """InfoNCE of each span's context with its target, against the other spans': float32 [E], nats a span.
+
+  Arguments are those of `contrast_logits`; an empty slot costs nothing.
+  """
+  logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=objective)
   to_target_E = -jnp.diagonal(jax.nn.log_softmax(logits_EE, axis=1))
   to_context_E = -jnp.diagonal(jax.nn.log_softmax(logits_EE, axis=0))
   return {'context_to_target': to_target_E, 'target_to_context': to_context_E,
           'symmetric': (to_target_E + to_context_E) / 2}[objective.direction]
 
 
+def own_is_nearest(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
+                   objective: Objective) -> jax.Array:
+  """Whether a context is nearer to its own target than to all of its negatives: bool [E]; a tie is a miss."""
+  logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=objective)
+  others_EE = jnp.where(jnp.eye(len(text_E), dtype=bool), -jnp.inf, logits_EE)
+  return jnp.diagonal(logits_EE) > jnp.max(others_EE, axis=1)
+
+
 def token_nll(logits_BQV: jax.Array, labels_BQ: jax.Array) -> jax.Array:
-  """−log p(label), float32 [B, Q], nats a token."""
-  picked_BQ = jnp.take_along_axis(logits_BQV, labels_BQ[..., None], axis=-1)[..., 0]
+  """−log p(label), float32 [B, Q], nats a token.
+
+  The label's logit is picked by a comparison, not by an index: with the vocabulary over several devices each one sums what
+  it has, and no device holds all logits of a token; the gradient needs no scatter either.
+  """
+  logits_BQV = nn.with_logical_constraint(logits_BQV, ('batch', 'length', 'vocab'))
+  ids_BQV = jax.lax.broadcasted_iota(jnp.int32, logits_BQV.shape, 2)
+  picked_BQ = jnp.sum(jnp.where(ids_BQV == labels_BQ[..., None], logits_BQV, 0.0), axis=-1)
   return jax.nn.logsumexp(logits_BQV, axis=-1) - picked_BQ
 
 

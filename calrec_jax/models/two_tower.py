@@ -15,15 +15,25 @@ from calrec_jax.models import losses
 from calrec_jax.models.decoder import Decoder
 
 Batch = Mapping[str, jax.Array]
+Terms = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Pooled:
+  """What the rows of a batch embed, each row on its own: float32, not normalised."""
+
+  user_BED: jax.Array  # v_U: mean over the history, up to the target
+  context_BED: jax.Array  # v_T|U: mean over the target, read after its history
+  slots_BSD: jax.Array  # v_T of each alone slot: mean over a text, read alone
 
 
 @flax.struct.dataclass
 class Towers:
   """Embeddings of the batch's spans, float32, not normalised."""
 
-  user_BED: jax.Array  # v_U: mean over the history, up to the target
-  context_BED: jax.Array  # v_T|U: mean over the target, read after its history
-  target_BED: jax.Array  # v_T: mean over the target, read alone
+  user_BED: jax.Array  # v_U
+  context_BED: jax.Array  # v_T|U
+  target_BED: jax.Array  # v_T, from whichever row it was read in
 
 
 def pool(hidden_BLD: jax.Array, chosen_BEL: jax.Array) -> jax.Array:
@@ -50,25 +60,50 @@ def slot_positions(batch: Batch, bos: bool) -> jax.Array:
   return slot_BSM & (batch['alone_positions'] >= int(bos))[:, None, :]
 
 
-def towers(hidden_BLD: jax.Array, alone_BMD: jax.Array, batch: Batch, *, bos: bool) -> Towers:
-  """Pools the hidden states of both parts into the embeddings of every span."""
+def pooled(hidden_BLD: jax.Array, alone_BMD: jax.Array, batch: Batch, *, bos: bool) -> Pooled:
+  """Pools the hidden states of both parts, row by row."""
   user_BEL, target_BEL = span_positions(batch, bos)
-  slots_BSD = pool(alone_BMD, slot_positions(batch, bos))
+  return Pooled(pool(hidden_BLD, user_BEL), pool(hidden_BLD, target_BEL), pool(alone_BMD, slot_positions(batch, bos)))
+
+
+def towers(rows: Pooled, batch: Batch) -> Towers:
+  """The embeddings of every span of the global batch."""
   # A span may point to a slot of any row: here the embeddings, and only they, cross the chips.
-  slots_SD = nn.with_logical_constraint(slots_BSD.reshape(-1, slots_BSD.shape[-1]), (None, None))
-  return Towers(pool(hidden_BLD, user_BEL), pool(hidden_BLD, target_BEL), slots_SD[batch['span_slots']])
+  slots_SD = nn.with_logical_constraint(rows.slots_BSD.reshape(-1, rows.slots_BSD.shape[-1]), (None, None))
+  return Towers(rows.user_BED, rows.context_BED, slots_SD[batch['span_slots']])
 
 
-def contrastive_losses(towers: Towers, batch: Batch, objective: losses.Objective) -> tuple[jax.Array, jax.Array]:
-  """(L_TT, L_UT): means over the spans of the global batch, nats."""
+def contrast(towers: Towers, batch: Batch, objective: losses.Objective) -> Terms:
+  """`tt` and `ut`, L_TT and L_UT in nats; `tt_accuracy` and `ut_accuracy`, the share of spans whose own target is the nearest.
+
+  All are means over the spans of the global batch.
+  """
   rows_BE = jnp.broadcast_to(jnp.arange(len(batch['span_texts']))[:, None], batch['span_texts'].shape)
   history_E = (rows_BE * (batch['tokens'].shape[1] + 1) + batch['span_segments']).reshape(-1)
   text_E = batch['span_texts'].reshape(-1)
+  used_E = (text_E > 0).astype(jnp.float32)
   flat = lambda x_BED: x_BED.reshape(-1, x_BED.shape[-1])
-  def mean(context_BED: jax.Array) -> jax.Array:
-    nll_E = losses.info_nce(flat(context_BED), flat(towers.target_BED), text_E, history_E, objective=objective)
-    return losses.weighted_mean(nll_E, (text_E > 0).astype(jnp.float32))
-  return mean(towers.context_BED), mean(towers.user_BED)
+  terms = {}
+  for name, context_BED in (('tt', towers.context_BED), ('ut', towers.user_BED)):
+    spans = flat(context_BED), flat(towers.target_BED), text_E, history_E
+    terms[name] = losses.weighted_mean(losses.info_nce(*spans, objective=objective), used_E)
+    nearest_E = losses.own_is_nearest(*spans, objective=objective).astype(jnp.float32)
+    terms[f'{name}_accuracy'] = losses.weighted_mean(nearest_E, used_E)
+  return terms
+
+
+def no_contrast() -> Terms:
+  """The terms where both contrastive losses have no weight: nothing is read alone."""
+  return dict.fromkeys(('tt', 'tt_accuracy', 'ut', 'ut_accuracy'), jnp.zeros(()))
+
+
+def summary(nig: jax.Array, contrastive: Terms, batch: Batch, objective: losses.Objective) -> tuple[jax.Array, Terms]:
+  """The loss (a scalar, nats), and its terms with the counts they are means over."""
+  loss = objective.total(nig, contrastive['tt'], contrastive['ut'])
+  return loss, {
+      'loss': loss, 'nig': nig, **contrastive,
+      'spans': jnp.sum(batch['span_texts'] > 0), 'target_tokens': jnp.sum(batch['loss_weights']),
+      'tokens': jnp.sum(batch['segments'] > 0) + jnp.sum(batch['alone_segments'] > 0)}
 
 
 class TwoTower(nn.Module):
@@ -87,42 +122,55 @@ class TwoTower(nn.Module):
   bos: bool = False
   head_chunks: int = 1
 
-  def generation_loss(self, hidden_BLD: jax.Array, batch: Batch) -> jax.Array:
-    """L_NIG: nats a target token. The head runs at `loss_positions` [B, Q] only; those past the end are padding."""
+  def joint(self, batch: Batch, train: bool = False) -> jax.Array:
+    """Hidden states of the histories, [B, L, D]."""
+    return self.decoder(batch['tokens'], batch['segments'], batch['positions'], train=train)
+
+  def alone(self, batch: Batch, train: bool = False) -> jax.Array:
+    """Hidden states of the item texts, [B, M, D]."""
+    return self.decoder(batch['alone_tokens'], batch['alone_segments'], batch['alone_positions'], train=train)
+
+  def target_nll(self, hidden_BLD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(nats, weights) of the target tokens, [B, Q]: the head runs at `loss_positions` only; past the end is padding."""
     positions_BQ = batch['loss_positions']
     pick = lambda x_BL, fill: jnp.take_along_axis(x_BL, positions_BQ, axis=1, mode='fill', fill_value=fill)
     labels_BQ, weights_BQ = pick(batch['labels'], 0), pick(batch['loss_weights'], 0.0)
     hidden_BQD = jnp.take_along_axis(hidden_BLD, positions_BQ[..., None], axis=1, mode='fill', fill_value=0)
     if self.head_chunks == 1:
-      return losses.weighted_mean(losses.token_nll(self.decoder.logits(hidden_BQD), labels_BQ), weights_BQ)
+      return losses.token_nll(self.decoder.logits(hidden_BQD), labels_BQ), weights_BQ
     B, Q = labels_BQ.shape
     pad = -Q % self.head_chunks
     chunk = lambda x: jnp.moveaxis(
         jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(B, self.head_chunks, -1, *x.shape[2:]), 1, 0)
-    def body(decoder: Decoder, total: jax.Array, slices: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-      hidden, labels, weights = slices
-      return total + jnp.sum(losses.token_nll(decoder.logits(hidden), labels) * weights), None
+    def body(decoder: Decoder, _: None, slices: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+      hidden, labels = slices
+      return None, losses.token_nll(decoder.logits(hidden), labels)
     scan = nn.scan(nn.remat(body, prevent_cse=False), variable_broadcast='params', split_rngs={'params': False})
-    total, _ = scan(self.decoder, jnp.zeros(()), (chunk(hidden_BQD), chunk(labels_BQ), chunk(weights_BQ)))
-    return total / jnp.maximum(jnp.sum(weights_BQ), 1e-9)
+    _, nll = scan(self.decoder, None, (chunk(hidden_BQD), chunk(labels_BQ)))
+    return jnp.moveaxis(nll, 0, 1).reshape(B, -1)[:, :Q], weights_BQ
 
-  def __call__(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def __call__(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, Terms]:
     """The loss (a scalar, nats) and its terms, with the counts they are means over."""
-    hidden_BLD = self.decoder(batch['tokens'], batch['segments'], batch['positions'], train=train)
-    nig = self.generation_loss(hidden_BLD, batch)
-    if self.objective.alpha or self.objective.beta:
-      alone_BMD = self.decoder(batch['alone_tokens'], batch['alone_segments'], batch['alone_positions'], train=train)
-      tt, ut = contrastive_losses(towers(hidden_BLD, alone_BMD, batch, bos=self.bos), batch, self.objective)
-    else:
-      tt = ut = jnp.zeros(())
-    loss = self.objective.total(nig, tt, ut)
-    return loss, {
-        'loss': loss, 'nig': nig, 'tt': tt, 'ut': ut,
-        'spans': jnp.sum(batch['span_texts'] > 0), 'target_tokens': jnp.sum(batch['loss_weights']),
-        'tokens': jnp.sum(batch['segments'] > 0) + jnp.sum(batch['alone_segments'] > 0)}
+    hidden_BLD = self.joint(batch, train)
+    nig = losses.weighted_mean(*self.target_nll(hidden_BLD, batch))
+    if not self.objective.contrasts:
+      return summary(nig, no_contrast(), batch, self.objective)
+    rows = pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
+    return summary(nig, contrast(towers(rows, batch), batch, self.objective), batch, self.objective)
+
+  def embed_rows(self, batch: Batch, *, train: bool = False) -> Pooled:
+    """What the rows embed; the head does not run."""
+    return pooled(self.joint(batch, train), self.alone(batch, train), batch, bos=self.bos)
+
+  def rows(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, Pooled | None]:
+    """(sum of the target tokens' nats, what the rows embed): all that a microbatch adds to the global batch's loss."""
+    hidden_BLD = self.joint(batch, train)
+    nll_BQ, weights_BQ = self.target_nll(hidden_BLD, batch)
+    total = jnp.sum(nll_BQ * weights_BQ)
+    if not self.objective.contrasts:
+      return total, None
+    return total, pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
 
   def embed(self, batch: Batch) -> Towers:
     """The embeddings of the batch's spans."""
-    hidden_BLD = self.decoder(batch['tokens'], batch['segments'], batch['positions'])
-    alone_BMD = self.decoder(batch['alone_tokens'], batch['alone_segments'], batch['alone_positions'])
-    return towers(hidden_BLD, alone_BMD, batch, bos=self.bos)
+    return towers(self.embed_rows(batch), batch)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.rows import Shapes
-from calrec_jax.training import partitioning, rounding, trainable
+from calrec_jax.training import gradient_cache, partitioning, rounding, trainable
 from calrec_jax.training.trainable import IsTrained
 
 Metrics = dict[str, jax.Array]
@@ -54,15 +54,21 @@ def new_state(model: TwoTower, optimizer: optax.GradientTransformation, shapes: 
 
 
 def make_train_step(model: TwoTower, optimizer: optax.GradientTransformation, mesh: Mesh, shardings: TrainState,
-                    trained: IsTrained = lambda path: True
+                    trained: IsTrained = lambda path: True, microbatches: int = 1,
                     ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-  """The jitted update; the old state's memory is reused for the new one. What is not trained has no gradient either."""
+  """The jitted update; the old state's memory is reused for the new one. What is not trained has no gradient either.
+
+  With several `microbatches` the gradient is that of the whole batch, see `gradient_cache`.
+  """
   def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     params, fixed = trainable.split(state.params, trained)
-    def loss(params: Any) -> tuple[jax.Array, Metrics]:
-      return model.apply({'params': trainable.join(fixed, params)}, batch, train=True, rngs={'dropout': rng})
-    grads, metrics = jax.grad(loss, has_aux=True)(params)
+    merge = lambda params: trainable.join(fixed, params)
+    if microbatches > 1:
+      grads, metrics = gradient_cache.gradients(model, merge, params, batch, rng, microbatches)
+    else:
+      loss = lambda params: model.apply({'params': merge(params)}, batch, train=True, rngs={'dropout': rng})
+      grads, metrics = jax.grad(loss, has_aux=True)(params)
     grads, params32 = rounding.as_float32(grads), rounding.as_float32(params)
     updates, opt_state = optimizer.update(grads, state.opt_state, params32)
     metrics['gradient_norm'] = optax.global_norm(grads)

@@ -307,7 +307,7 @@ def test_without_contrast_the_texts_alone_are_not_read():
   jax.tree.map(np.testing.assert_array_equal, plain.grads, other.grads)
 
 
-def check_sum_of_passes(batch: Batch, towers=two_tower.towers):
+def check_sum_of_passes(batch: Batch, pooled=two_tower.pooled):
   """The gradient of both passes is the sum of the gradients of each, and neither is nothing."""
   model, whole = TwoTower(Decoder(CONFIG), EQUAL_WEIGHTS), run(batch).grads
   a = batch.arrays
@@ -317,10 +317,10 @@ def check_sum_of_passes(batch: Batch, towers=two_tower.towers):
   def apart_grads(joint_params, alone_params):
     pass_of = lambda module, prefix: module.decoder(*(a[prefix + name] for name in ('tokens', 'segments', 'positions')))
     hidden, nig = model.apply({'params': joint_params}, method=lambda m: (
-        pass_of(m, ''), m.generation_loss(pass_of(m, ''), a)))
+        pass_of(m, ''), losses.weighted_mean(*m.target_nll(pass_of(m, ''), a))))
     alone = model.apply({'params': alone_params}, method=lambda m: pass_of(m, 'alone_'))
-    tt, ut = two_tower.contrastive_losses(towers(hidden, alone, a, bos=False), a, EQUAL_WEIGHTS)
-    return EQUAL_WEIGHTS.total(nig, tt, ut)
+    terms = two_tower.contrast(two_tower.towers(pooled(hidden, alone, a, bos=False), a), a, EQUAL_WEIGHTS)
+    return EQUAL_WEIGHTS.total(nig, terms['tt'], terms['ut'])
 
   joint, alone = apart_grads(params(), params())
   jax.tree.map(lambda total, one, other: close(one + other, total), whole, joint, alone)
@@ -330,9 +330,9 @@ def check_sum_of_passes(batch: Batch, towers=two_tower.towers):
 def test_the_gradient_is_the_sum_of_both_passes():
   batch = one_batch(packing_corpus(False))
   check_sum_of_passes(batch)
-  stopped = lambda hidden, alone, batch, bos: two_tower.towers(hidden, jax.lax.stop_gradient(alone), batch, bos=bos)
+  stopped = lambda hidden, alone, batch, bos: two_tower.pooled(hidden, jax.lax.stop_gradient(alone), batch, bos=bos)
   with pytest.raises(AssertionError):
-    check_sum_of_passes(batch, towers=stopped)
+    check_sum_of_passes(batch, pooled=stopped)
 
 
 # What may not move anything.
