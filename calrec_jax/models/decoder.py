@@ -98,8 +98,8 @@ class Decoder(nn.Module):
   def logits(self, hidden_BLD: jax.Array) -> jax.Array:
     """float32 logits [..., V]."""
     table_VD = (self.embedding if self.config.tied_head else self.head).astype(hidden_BLD.dtype)
-    # Turned here, so that the table's gradient is a product in the order that XLA is fast in on CPU.
-    logits = jnp.einsum('...d,dv->...v', hidden_BLD, table_VD.T, preferred_element_type=jnp.float32)
+    rows = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])  # one product of two matrices, see `layers.product`
+    logits = jnp.matmul(rows, table_VD.T, preferred_element_type=jnp.float32).reshape(*hidden_BLD.shape[:-1], -1)
     return softcap(logits, self.config.logit_softcap)
 
   def empty_suffix(self, users: int, samples: int, length: int) -> Cache:

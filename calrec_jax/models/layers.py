@@ -17,6 +17,16 @@ def _lead(x: jax.Array, ndim: int) -> jax.Array:
   return jnp.expand_dims(x, range(ndim - x.ndim))
 
 
+def product(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
+  """Sums over the last `axes` of x and the first of the kernel, as one product of two matrices.
+
+  With the leading axes of x left as they are, XLA lays gradients out anew around every product on CPU: half the speed.
+  """
+  rows = x.reshape(math.prod(x.shape[:x.ndim - axes]), -1)
+  columns = kernel.reshape(rows.shape[1], -1)
+  return (rows @ columns).reshape(*x.shape[:x.ndim - axes], *kernel.shape[axes:])
+
+
 class RMSNorm(nn.Module):
   """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32 (Zhang and Sennrich 2019); Gemma's scale is 1 + `scale`."""
 
@@ -57,11 +67,11 @@ class Projection(nn.Module):
     def weight(name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], names: tuple[str, ...]) -> jax.Array:
       return self.param(name, nn.with_logical_partitioning(init, names), shape, c.param_dtype).astype(x.dtype)
     normal, zeros = nn.initializers.normal(math.prod(self.inputs) ** -0.5), nn.initializers.zeros
-    y = jnp.tensordot(x, weight('kernel', normal, (*self.inputs, *self.outputs), (*self.input_axes, *self.output_axes)), axes)
+    y = product(x, weight('kernel', normal, (*self.inputs, *self.outputs), (*self.input_axes, *self.output_axes)), axes)
     if c.lora_rank and self.name in c.lora_targets:
       a = weight('lora_a', normal, (*self.inputs, c.lora_rank), (*self.input_axes, 'lora'))
       b = weight('lora_b', zeros, (c.lora_rank, *self.outputs), ('lora', *self.output_axes))
-      y = y + jnp.tensordot(jnp.tensordot(x, a, axes), b, 1) * (c.lora_alpha / c.lora_rank)
+      y = y + product(product(x, a, axes), b, 1) * (c.lora_alpha / c.lora_rank)
     return y + _lead(weight('bias', zeros, self.outputs, self.output_axes), y.ndim) if self.bias else y
 
 

@@ -137,7 +137,8 @@ class TwoTower(nn.Module):
     labels_BQ, weights_BQ = pick(batch['labels'], 0), pick(batch['loss_weights'], 0.0)
     hidden_BQD = jnp.take_along_axis(hidden_BLD, positions_BQ[..., None], axis=1, mode='fill', fill_value=0)
     if self.head_chunks == 1:
-      return losses.token_nll(self.decoder.logits(hidden_BQD), labels_BQ), weights_BQ
+      hidden_TD = hidden_BQD.reshape(-1, hidden_BQD.shape[-1])
+      return losses.token_nll(self.decoder.logits(hidden_TD), labels_BQ.reshape(-1)).reshape(labels_BQ.shape), weights_BQ
     B, Q = labels_BQ.shape
     pad = -Q % self.head_chunks
     chunk = lambda x: jnp.moveaxis(

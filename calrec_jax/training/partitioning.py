@@ -72,9 +72,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(AXIS_RULES['batch']))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-  """Raises UserError unless rows divide evenly over the data-parallel devices."""
+def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+  """Raises UserError unless the rows of each microbatch divide evenly over the data-parallel devices."""
+  if microbatches < 1:
+    raise UserError(f'train.microbatches = {microbatches}: give at least 1.')
   parts = mesh.shape['data'] * mesh.shape['fsdp']
+  if microbatches > 1 and (batch_size < 1 or batch_size % (parts * microbatches)):
+    raise UserError(f'BATCH_SIZE = {batch_size} rows do not divide into {microbatches} microbatches over {parts} data-parallel '
+                    f'devices (mesh {dict(mesh.shape)}); choose a multiple of {parts * microbatches}.')
   if batch_size < 1 or batch_size % parts:
     raise UserError(f'BATCH_SIZE = {batch_size} rows do not divide over {parts} data-parallel devices (mesh '
                     f'{dict(mesh.shape)}); choose a multiple of {parts}.')

@@ -38,6 +38,7 @@ from calrec_jax.training.train_step import TrainState, make_eval_step, make_trai
 from calrec_jax.training.trainable import IsTrained
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, start again to go on
+CHECKED = ('nig', 'tt', 'ut', 'gradient_norm')  # what must be finite in every step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Schedule:
 
 def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, decoder: DecoderConfig, objective: Objective,
           rows: RowOptions, optimizer: Optimizer, mesh: MeshShape, schedule: Schedule, initial_checkpoint: str | None = None,
-          frozen: Sequence[str] = (), head_chunks: int = 1, seed: int = 0,
-          gin_text: Callable[[], str] = str) -> dict[str, float]:
+          frozen: Sequence[str] = (), head_chunks: int = 1, microbatches: int = 1, seed: int = 0,
+          allow_changes: bool = False, gin_text: Callable[[], str] = str) -> dict[str, float]:
   """Finetunes (or trains from random weights) one stage, and goes on from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -79,7 +80,9 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
     initial_checkpoint: a run's folder, or one step's, whose weights this stage starts from.
     frozen: names of parameters that are not trained, such as `embedding`, `mlp` or `query`.
     head_chunks: slices in which the head runs, see `TwoTower`.
+    microbatches: parts in which a batch is computed one after the other, with the gradient of the whole, see `gradient_cache`.
     seed: of the weights, the order of the data and dropout.
+    allow_changes: go on although a setting is another than the run was begun with.
     gin_text: returns the operative configuration, for the record.
 
   Returns:
@@ -89,7 +92,7 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
     UserError: wrong input, with what to do. SystemExit(75): SIGTERM came, the step is saved.
   """
   device_mesh = mesh.build()
-  partitioning.check_batch_size(batch_size, device_mesh)
+  partitioning.check_batch_size(batch_size, device_mesh, microbatches)
   sources = inputs.load()
   decoder = with_vocabulary(decoder, inputs)
   bos = inputs.vocabulary.bos_id is not None
@@ -100,14 +103,17 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
                        options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)
   description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, 'frozen': sorted(frozen),
                  'pretrained': _lineage(model_dir, initial_checkpoint), **inputs.description(sources), 'seed': seed,
+                 'settings': _settings(train_steps=train_steps, batch_size=batch_size, objective=objective, rows=rows,
+                                       optimizer=optimizer, dropout=decoder.dropout, param_dtype=decoder.param_dtype),
                  'gin': gin_text(), 'versions': provenance.versions()}
 
   transformation = optimizer.build(train_steps)
   make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh, trained)
   _check_folder(model_dir)
-  state = _restore_or_start(pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, description)
+  state = _restore_or_start(pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, description,
+                            allow_changes)
   memory = memory_line(state, trained)
-  train_step = make_train_step(model, transformation, device_mesh, shardings, trained)
+  train_step = make_train_step(model, transformation, device_mesh, shardings, trained, microbatches)
   eval_step = make_eval_step(model, device_mesh, shardings.params)
   rate = optimizer.rate(train_steps)
 
@@ -126,15 +132,15 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
     terminated = stack.enter_context(_termination())
     bar = stack.enter_context(tqdm.tqdm(total=train_steps, initial=start, desc='train', unit='step', file=sys.stderr,
                                         disable=None, mininterval=1.0))
-    meter = Meter(start)
+    meter = Meter(plan)
     for step, batch in _prefetched(plan, device_mesh, start, train_steps):
       state, metrics = train_step(state, batch)
       bar.update()
-      meter.add(metrics)
+      meter.add(step, metrics)
       done = step + 1
       logs = done % schedule.log_every == 0 or done == train_steps
       if logs:
-        values = meter.read(done)
+        values = meter.read()
         writer.write_scalars(done, {f'train/{k}': v for k, v in values.items()} | {'train/learning_rate': float(rate(step))})
         bar.set_postfix_str(f'loss {values["loss"]:.3f} nig {values["nig"]:.3f} tt {values["tt"]:.3f} ut {values["ut"]:.3f} '
                             f'{values["spans_per_second"]:.0f} spans/s {values["tokens_per_second"]:.0f} tokens/s')
@@ -143,8 +149,9 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
         last_eval = evaluate_loss(eval_step, state.params, validation, device_mesh, objective)
         writer.write_scalars(done, {f'validation/{k}': v for k, v in last_eval.items()})
         logging.info('step %d: validation %s', done, {k: round(v, 4) for k, v in last_eval.items()})
-        meter.restart(done)
+        meter.restart()
       if done == train_steps or done % schedule.save_every == 0 or stop:
+        meter.check()  # what is saved is good
         store.save(done, state.params, _rest(state), description | {'validation': last_eval})
       if stop:
         store.wait()
@@ -184,26 +191,39 @@ def memory_line(state: TrainState, trained: IsTrained) -> str:
 
 
 class Meter:
-  """Means of metrics, and rates, since the last reading."""
+  """Means of metrics, and rates, since the last reading; stops the run where a number is none."""
 
-  def __init__(self, step: int):
-    self.restart(step)
+  def __init__(self, plan: BatchPlan):
+    self._plan = plan
+    self.restart()
 
-  def restart(self, step: int) -> None:
-    self._step, self._time, self._metrics = step, time.monotonic(), []
+  def restart(self) -> None:
+    """Begins to count anew, after what was added is known to be finite."""
+    self._time, self._metrics, self._checked = time.monotonic(), {}, 0
 
-  def add(self, metrics: dict[str, jax.Array]) -> None:
-    self._metrics.append(metrics)
+  def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    self._metrics[step] = metrics
 
-  def read(self, step: int) -> dict[str, float]:
-    """Means over the steps since the last reading, and counts a second; waits for the newest step."""
-    rows = jax.device_get(self._metrics)
-    seconds = time.monotonic() - self._time
+  def check(self) -> None:
+    """Waits for the newest step. Raises UserError for the first step with a loss term or gradient that is NaN or infinite."""
+    self._metrics = jax.device_get(self._metrics)
+    for step, row in list(self._metrics.items())[self._checked:]:
+      if wrong := [f'{name} = {float(row[name])}' for name in CHECKED if name in row and not np.isfinite(row[name])]:
+        ids = self._plan.example_ids(step)
+        raise UserError(f'Step {step + 1}: {", ".join(wrong)}. Its examples: {", ".join(ids[:8])}'
+                        f'{f" and {len(ids) - 8} more" if len(ids) > 8 else ""}. Nothing of it is saved: lower LEARNING_RATE '
+                        'or optimizer.clip_norm, and the same command goes on from the checkpoint before.')
+    self._checked = len(self._metrics)
+
+  def read(self) -> dict[str, float]:
+    """Means over the steps since the last reading, and counts a second; waits for the newest step. Raises as `check` does."""
+    self.check()
+    rows, seconds = list(self._metrics.values()), time.monotonic() - self._time
     values = {name: float(sum(row[name] for row in rows) / len(rows)) for name in rows[0]} if rows else {}
     for name in ('spans', 'tokens'):
       values[f'{name}_per_second'] = values[name] * len(rows) / seconds
     values['steps_per_second'] = len(rows) / seconds
-    self.restart(step)
+    self.restart()
     return values
 
 
@@ -221,6 +241,33 @@ def evaluate_loss(eval_step: Callable, params: Any, batches: OnePass, mesh: jax.
       weights[name] += metrics[weight]
   means = {name: sums[name] / max(weights[name], 1) for name in weight_of}
   return {'loss': float(objective.total(**means)), **means}
+
+
+def _settings(**settings: Any) -> dict[str, Any]:
+  """What a run's numbers depend on, by the names that gin knows, as JSON has it."""
+  flat = {}
+  for name, value in settings.items():
+    fields = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else None
+    flat |= {f'{name}.{field}': found for field, found in fields.items()} if fields else {name: value}
+  return flat
+
+
+def _check_changes(model_dir: pathlib.Path, there: dict[str, Any], here: dict[str, Any], allowed: bool) -> None:
+  """Raises UserError where a run in this folder was begun with other data or settings, unless that is allowed."""
+  factors = lambda shape: {name: value for name, value in shape.items() if name.startswith('lora')}
+  for name, part in (('optimizer', None), ('frozen', None), ('decoder', factors)):  # other arrays: no flag helps
+    old, new = (facts[name] if part is None else part(facts[name]) for facts in (there, here))
+    if old != new:
+      raise UserError(f'{model_dir}: this run was begun with other {name} ({old} there, {new} here); choose another MODEL_DIR.')
+  facts = [{name: found[name] for name in ('data', 'task_feature_lengths', 'seed')} | found.get('settings', {})
+           for found in (there, here)]
+  changed = [f'{name} is {facts[0][name]} there, {facts[1][name]} here' for name in facts[0]
+             if name in facts[1] and facts[0][name] != facts[1][name]]
+  if changed and not allowed:
+    raise UserError(f'{model_dir}: this run was begun with other settings ({"; ".join(changed)}); choose another MODEL_DIR, or '
+                    'go on all the same with --gin.train.allow_changes=True.')
+  if changed:
+    logging.warning('Goes on with other settings: %s.', '; '.join(changed))
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -256,7 +303,8 @@ def _lineage(model_dir: str, initial_checkpoint: str | None) -> dict[str, Any] |
 
 
 def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainState], shardings: TrainState,
-                      initial_checkpoint: str | None, decoder: DecoderConfig, description: dict[str, Any]) -> TrainState:
+                      initial_checkpoint: str | None, decoder: DecoderConfig, description: dict[str, Any],
+                      allow_changes: bool) -> TrainState:
   """The state to go on from: this run's newest checkpoint, else the weights of `initial_checkpoint`, else random weights."""
   expected = {'decoder': decoder, 'vocabulary': description['vocabulary'], 'template': description['template']}
   target = jax.eval_shape(make_state)
@@ -267,12 +315,7 @@ def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainSta
       raise UserError(f'{model_dir}: holds an imported model; choose another MODEL_DIR, and give this one as '
                       'INITIAL_CHECKPOINT_PATH.')
     checkpoints.check_fits(found, **expected)
-    factors = lambda shape: {name: value for name, value in shape.items() if name.startswith('lora')}
-    there, here = (facts | {'decoder': factors(facts['decoder'])} for facts in (found.description, description))
-    for name in ('data', 'optimizer', 'frozen', 'decoder'):
-      if there[name] != here[name]:
-        raise UserError(f'{model_dir}: this run was begun with other {name} ({there[name]} there, {here[name]} here); choose '
-                        'another MODEL_DIR.')
+    _check_changes(model_dir, found.description, description, allow_changes)
     abstract_rest = checkpoints.abstract(_rest(target), _rest(shardings))
     restored = checkpoints.load(found, params=abstract_params, rest=abstract_rest)
     logging.info('Goes on from step %d of %s.', found.step, model_dir)

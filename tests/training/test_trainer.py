@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import flax.linen as nn
 import jax
@@ -47,7 +48,8 @@ def test_the_run_folder_tells_what_the_run_was(tiny_store, finished):
 
 def test_tensorboard_has_every_term(finished):
   found = tiny.scalars(finished)
-  for term in ('loss', 'nig', 'tt', 'ut', 'spans', 'target_tokens', 'tokens', 'gradient_norm', 'learning_rate',
+  for term in ('loss', 'nig', 'tt', 'ut', 'spans', 'target_tokens', 'tokens', 'gradient_norm', 'tt_accuracy',
+               'ut_accuracy', 'learning_rate',
                'spans_per_second', 'tokens_per_second', 'steps_per_second'):
     assert sorted(step for name, step in found if name == f'train/{term}') == list(range(1, STEPS + 1)), term
   for split, step in [('train', 3), ('validation', STEPS)]:
@@ -87,11 +89,63 @@ def test_validation_of_many_batches_is_that_of_one(tiny_store):
 def test_meter_means_and_rates(monkeypatch):
   clock = iter([10.0, 14.0, 14.0])
   monkeypatch.setattr(trainer.time, 'monotonic', lambda: next(clock))
-  meter = Meter(0)
-  for spans, loss in [(2, 1.0), (4, 2.0)]:
-    meter.add({'spans': np.int32(spans), 'tokens': np.int32(10 * spans), 'loss': np.float32(loss)})
-  assert meter.read(2) == {'spans': 3.0, 'tokens': 30.0, 'loss': 1.5, 'spans_per_second': 1.5,
-                           'tokens_per_second': 15.0, 'steps_per_second': 0.5}
+  meter = Meter(None)
+  for step, (spans, loss) in enumerate([(2, 1.0), (4, 2.0)]):
+    meter.add(step, {'spans': np.int32(spans), 'tokens': np.int32(10 * spans), 'loss': np.float32(loss)})
+  assert meter.read() == {'spans': 3.0, 'tokens': 30.0, 'loss': 1.5, 'spans_per_second': 1.5,
+                          'tokens_per_second': 15.0, 'steps_per_second': 0.5}
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize('term', trainer.CHECKED)
+def test_a_number_that_is_none_names_its_step_and_examples(term, value):
+  class Plan:
+    def example_ids(self, step):
+      return [f'user{step}-{i}' for i in range(10)]
+  meter = Meter(Plan())
+  good = dict.fromkeys(trainer.CHECKED, np.float32(1))
+  meter.add(6, good)
+  meter.check()
+  meter.add(7, good | {term: np.float32(value)})
+  meter.add(8, good | {'ut': np.float32(np.nan)})
+  with pytest.raises(UserError, match=rf'Step 8: {term} = {value}. Its examples: user7-0, .*user7-7 and 2 more') as error:
+    meter.check()
+  assert '\n' not in str(error.value)
+
+
+def test_a_loss_that_is_none_stops_the_run_and_keeps_the_checkpoint_before(tiny_store, tmp_path, monkeypatch):
+  prefetched = trainer._prefetched
+  def poisoned(plan, mesh, start, stop):
+    for step, batch in prefetched(plan, mesh, start, stop):
+      yield step, batch | ({'loss_weights': batch['loss_weights'] * np.nan} if step == 3 else {})
+  with monkeypatch.context() as patch:
+    patch.setattr(trainer, '_prefetched', poisoned)
+    for log_every in (1, 100):  # also where nobody looks at the step before it would be saved
+      folder = tmp_path / f'run{log_every}'
+      with pytest.raises(UserError, match='Step 4: nig = nan'):
+        tiny.train(tiny_store, folder, schedule=trainer.Schedule(log_every=log_every, eval_every=0, save_every=2))
+      assert checkpoints.newest_step(folder) == 2
+  assert tiny.train(tiny_store, folder)['loss'] > 0  # the same command goes on
+
+
+@pytest.mark.parametrize('changes, named', [
+    ({'train_steps': 8}, 'train_steps is 6 there, 8 here'),
+    ({'optimizer': trainer.Optimizer(warmup_steps=2, learning_rate=0.5)}, 'optimizer.learning_rate is 0.001 there, 0.5 here'),
+    ({'rows': RowOptions(window_steps=4, targets='last')}, 'rows.targets is all there, last here'),
+    ({'objective': Objective(alpha=0.3, beta=0.2, temperature=0.1)}, 'objective.temperature is 0.5 there, 0.1 here'),
+    ({'seed': 1}, 'seed is 0 there, 1 here'), ({'batch_size': 16}, 'batch_size is 8 there, 16 here')])
+def test_another_setting_in_one_folder_is_refused(tiny_store, finished, changes, named):
+  before = sorted((finished / 'checkpoints').iterdir())
+  with pytest.raises(UserError, match=named) as error:
+    tiny.train(tiny_store, finished, **changes)
+  assert 'allow_changes' in str(error.value)
+  assert sorted((finished / 'checkpoints').iterdir()) == before
+
+
+def test_another_setting_is_taken_where_it_is_allowed(tiny_store, finished, tmp_path):
+  copy = shutil.copytree(finished, tmp_path / 'run')
+  tiny.train(tiny_store, copy, train_steps=STEPS + 2, allow_changes=True)
+  assert checkpoints.newest_step(copy) == STEPS + 2
 
 
 def test_the_embedding_has_a_row_for_each_token_and_divides(tiny_store):
@@ -124,4 +178,6 @@ def test_rows_that_do_not_divide_are_told_before_anything_is_written(tiny_store,
     tiny.train(tiny_store, tmp_path / 'run', batch_size=12)
   with pytest.raises(UserError, match='8 devices'):
     tiny.train(tiny_store, tmp_path / 'run', mesh=MeshShape(3))
+  with pytest.raises(UserError, match='2 microbatches over 8'):
+    tiny.train(tiny_store, tmp_path / 'run', microbatches=2)
   assert list(tmp_path.iterdir()) == []
