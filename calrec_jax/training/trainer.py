@@ -212,7 +212,8 @@ class Meter:
         ids = self._plan.example_ids(step)
         raise UserError(f'Step {step + 1}: {", ".join(wrong)}. Its examples: {", ".join(ids[:8])}'
                         f'{f" and {len(ids) - 8} more" if len(ids) > 8 else ""}. Nothing of it is saved: lower LEARNING_RATE '
-                        'or optimizer.clip_norm, and the same command goes on from the checkpoint before.')
+                        'or optimizer.clip_norm, and go on from the checkpoint before with '
+                        '--gin.train.allow_changes=True.')
     self._checked = len(self._metrics)
 
   def read(self) -> dict[str, float]:
