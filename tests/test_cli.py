@@ -171,7 +171,7 @@ def test_misfits(tiny_store, tmp_path, capsys):
   cli.main(['vocabulary', '--data', str(tiny_store / 'data/books'), '--size', '300', '--out', str(tmp_path / 'other.json')])
   refused(capsys, [*second, f"--gin.VOCABULARY='{tmp_path / 'other.json'}'"], 'another vocabulary', absent=tmp_path / 'two')
   refused(capsys, [*second, "--gin.text.fields=('title',)"], 'text.fields', absent=tmp_path / 'two')
-  refused(capsys, [*first, "--gin.MIXTURE_OR_TASK_NAME='books'"], 'data is')
+  refused(capsys, [*first, "--gin.MIXTURE_OR_TASK_NAME='books'"], 'other data')
   foreign = tmp_path / 'foreign'
   foreign.mkdir()
   (foreign / 'thesis.tex').write_text('mine')

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from calrec_jax.models.attention import Attention, Cache, Step, Whole, causal_mask, softcap
 from calrec_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
-from calrec_jax.models.layers import GatedMlp, RMSNorm
+from calrec_jax.models.layers import GatedMlp, RMSNorm, product
 from calrec_jax.models.rope import Rotation, rotation
 
 
@@ -98,9 +98,7 @@ class Decoder(nn.Module):
   def logits(self, hidden_BLD: jax.Array) -> jax.Array:
     """float32 logits [..., V]."""
     table_VD = (self.embedding if self.config.tied_head else self.head).astype(hidden_BLD.dtype)
-    rows = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])  # one product of two matrices, see `layers.product`
-    logits = jnp.matmul(rows, table_VD.T, preferred_element_type=jnp.float32).reshape(*hidden_BLD.shape[:-1], -1)
-    return softcap(logits, self.config.logit_softcap)
+    return softcap(product(hidden_BLD, table_VD.T, 1, jnp.float32), self.config.logit_softcap)
 
   def empty_suffix(self, users: int, samples: int, length: int) -> Cache:
     """Suffix caches of zeros for `length` steps."""

@@ -17,14 +17,15 @@ def _lead(x: jax.Array, ndim: int) -> jax.Array:
   return jnp.expand_dims(x, range(ndim - x.ndim))
 
 
-def product(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
-  """Sums over the last `axes` of x and the first of the kernel, as one product of two matrices.
+def product(x: jax.Array, kernel: jax.Array, axes: int, dtype: jnp.dtype | None = None) -> jax.Array:
+  """Sums over the last `axes` of x and the first of the kernel, as one product of two matrices; `dtype`: of the result.
 
   With the leading axes of x left as they are, XLA lays gradients out anew around every product on CPU: half the speed.
   """
   rows = x.reshape(math.prod(x.shape[:x.ndim - axes]), -1)
   columns = kernel.reshape(rows.shape[1], -1)
-  return (rows @ columns).reshape(*x.shape[:x.ndim - axes], *kernel.shape[axes:])
+  y = jnp.matmul(rows, columns, preferred_element_type=dtype)
+  return y.reshape(*x.shape[:x.ndim - axes], *kernel.shape[axes:])
 
 
 class RMSNorm(nn.Module):

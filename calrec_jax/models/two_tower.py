@@ -152,25 +152,21 @@ class TwoTower(nn.Module):
 
   def __call__(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, Terms]:
     """The loss (a scalar, nats) and its terms, with the counts they are means over."""
-    hidden_BLD = self.joint(batch, train)
-    nig = losses.weighted_mean(*self.target_nll(hidden_BLD, batch))
-    if not self.objective.contrasts:
-      return summary(nig, no_contrast(), batch, self.objective)
-    rows = pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
-    return summary(nig, contrast(towers(rows, batch), batch, self.objective), batch, self.objective)
+    nll_BQ, weights_BQ, rows = self.rows(batch, train=train)
+    terms = no_contrast() if rows is None else contrast(towers(rows, batch), batch, self.objective)
+    return summary(losses.weighted_mean(nll_BQ, weights_BQ), terms, batch, self.objective)
 
   def embed_rows(self, batch: Batch, *, train: bool = False) -> Pooled:
     """What the rows embed; the head does not run."""
     return pooled(self.joint(batch, train), self.alone(batch, train), batch, bos=self.bos)
 
-  def rows(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, Pooled | None]:
-    """(sum of the target tokens' nats, what the rows embed): all that a microbatch adds to the global batch's loss."""
+  def rows(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, jax.Array, Pooled | None]:
+    """(nats, weights) of the target tokens [B, Q], and what the rows embed; None where nothing is contrasted."""
     hidden_BLD = self.joint(batch, train)
     nll_BQ, weights_BQ = self.target_nll(hidden_BLD, batch)
-    total = jnp.sum(nll_BQ * weights_BQ)
     if not self.objective.contrasts:
-      return total, None
-    return total, pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
+      return nll_BQ, weights_BQ, None
+    return nll_BQ, weights_BQ, pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
 
   def embed(self, batch: Batch) -> Towers:
     """The embeddings of the batch's spans."""

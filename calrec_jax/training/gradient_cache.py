@@ -64,9 +64,9 @@ def gradients(model: TwoTower, merge: Callable[[Any], Any], params: Any, batch: 
   target_tokens = jnp.maximum(jnp.sum(batch['loss_weights']), 1e-9)
   def share(params: Any, part: Batch, rng: jax.Array, pull: Pooled | None) -> tuple[jax.Array, jax.Array]:
     """A scalar whose gradient is this microbatch's share of the whole one, and its share of L_NIG."""
-    total, rows = run(params, part, rng, TwoTower.rows)
+    nll_BQ, weights_BQ, rows = run(params, part, rng, TwoTower.rows)
     pulled = jax.tree.map(lambda x, g: jnp.sum(x * g), rows, pull)
-    nig = total / target_tokens
+    nig = jnp.sum(nll_BQ * weights_BQ) / target_tokens
     return objective.total(nig, 0.0, 0.0) + sum(jax.tree.leaves(pulled)), nig
   def add(sums: tuple[Any, jax.Array], one: tuple[Any, ...]) -> tuple[tuple[Any, jax.Array], None]:
     grads, nig = jax.grad(share, has_aux=True)(params, *one)

@@ -77,12 +77,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
   if microbatches < 1:
     raise UserError(f'train.microbatches = {microbatches}: give at least 1.')
   parts = mesh.shape['data'] * mesh.shape['fsdp']
-  if microbatches > 1 and (batch_size < 1 or batch_size % (parts * microbatches)):
-    raise UserError(f'BATCH_SIZE = {batch_size} rows do not divide into {microbatches} microbatches over {parts} data-parallel '
-                    f'devices (mesh {dict(mesh.shape)}); choose a multiple of {parts * microbatches}.')
-  if batch_size < 1 or batch_size % parts:
-    raise UserError(f'BATCH_SIZE = {batch_size} rows do not divide over {parts} data-parallel devices (mesh '
-                    f'{dict(mesh.shape)}); choose a multiple of {parts}.')
+  if batch_size < 1 or batch_size % (parts * microbatches):
+    into = f'into {microbatches} microbatches ' if microbatches > 1 else ''
+    raise UserError(f'BATCH_SIZE = {batch_size} rows do not divide {into}over {parts} data-parallel devices (mesh '
+                    f'{dict(mesh.shape)}); choose a multiple of {parts * microbatches}.')
 
 
 def global_batch(build: Callable[[slice], dict[str, np.ndarray]], batch_size: int,

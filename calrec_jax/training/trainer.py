@@ -145,13 +145,17 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
         bar.set_postfix_str(f'loss {values["loss"]:.3f} nig {values["nig"]:.3f} tt {values["tt"]:.3f} ut {values["ut"]:.3f} '
                             f'{values["spans_per_second"]:.0f} spans/s {values["tokens_per_second"]:.0f} tokens/s')
       stop = _all_stop(terminated, logs) and done < train_steps
-      if len(validation) and (done == train_steps or (schedule.eval_every and done % schedule.eval_every == 0)) and not stop:
+      evaluates = (len(validation) and not stop
+                   and (done == train_steps or (schedule.eval_every and done % schedule.eval_every == 0)))
+      saves = done == train_steps or done % schedule.save_every == 0 or stop
+      if evaluates or saves:
+        meter.check()  # what is judged and saved is good
+      if evaluates:
         last_eval = evaluate_loss(eval_step, state.params, validation, device_mesh, objective)
         writer.write_scalars(done, {f'validation/{k}': v for k, v in last_eval.items()})
         logging.info('step %d: validation %s', done, {k: round(v, 4) for k, v in last_eval.items()})
         meter.restart()
-      if done == train_steps or done % schedule.save_every == 0 or stop:
-        meter.check()  # what is saved is good
+      if saves:
         store.save(done, state.params, _rest(state), description | {'validation': last_eval})
       if stop:
         store.wait()
@@ -198,8 +202,8 @@ class Meter:
     self.restart()
 
   def restart(self) -> None:
-    """Begins to count anew, after what was added is known to be finite."""
-    self._time, self._metrics, self._checked = time.monotonic(), {}, 0
+    """Begins to count anew; what was added is forgotten."""
+    self._time, self._metrics = time.monotonic(), {}
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self._metrics[step] = metrics
@@ -207,14 +211,13 @@ class Meter:
   def check(self) -> None:
     """Waits for the newest step. Raises UserError for the first step with a loss term or gradient that is NaN or infinite."""
     self._metrics = jax.device_get(self._metrics)
-    for step, row in list(self._metrics.items())[self._checked:]:
+    for step, row in self._metrics.items():
       if wrong := [f'{name} = {float(row[name])}' for name in CHECKED if name in row and not np.isfinite(row[name])]:
         ids = self._plan.example_ids(step)
         raise UserError(f'Step {step + 1}: {", ".join(wrong)}. Its examples: {", ".join(ids[:8])}'
                         f'{f" and {len(ids) - 8} more" if len(ids) > 8 else ""}. Nothing of it is saved: lower LEARNING_RATE '
                         'or optimizer.clip_norm, and go on from the checkpoint before with '
                         '--gin.train.allow_changes=True.')
-    self._checked = len(self._metrics)
 
   def read(self) -> dict[str, float]:
     """Means over the steps since the last reading, and counts a second; waits for the newest step. Raises as `check` does."""
@@ -248,27 +251,31 @@ def _settings(**settings: Any) -> dict[str, Any]:
   """What a run's numbers depend on, by the names that gin knows, as JSON has it."""
   flat = {}
   for name, value in settings.items():
-    fields = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else None
-    flat |= {f'{name}.{field}': found for field, found in fields.items()} if fields else {name: value}
+    if dataclasses.is_dataclass(value):
+      flat |= {f'{name}.{field}': found for field, found in dataclasses.asdict(value).items()}
+    else:
+      flat[name] = value
   return flat
 
 
 def _check_changes(model_dir: pathlib.Path, there: dict[str, Any], here: dict[str, Any], allowed: bool) -> None:
   """Raises UserError where a run in this folder was begun with other data or settings, unless that is allowed."""
-  factors = lambda shape: {name: value for name, value in shape.items() if name.startswith('lora')}
-  for name, part in (('optimizer', None), ('frozen', None), ('decoder', factors)):  # other arrays: no flag helps
-    old, new = (facts[name] if part is None else part(facts[name]) for facts in (there, here))
-    if old != new:
-      raise UserError(f'{model_dir}: this run was begun with other {name} ({old} there, {new} here); choose another MODEL_DIR.')
-  facts = [{name: found[name] for name in ('data', 'task_feature_lengths', 'seed')} | found.get('settings', {})
-           for found in (there, here)]
-  changed = [f'{name} is {facts[0][name]} there, {facts[1][name]} here' for name in facts[0]
-             if name in facts[1] and facts[0][name] != facts[1][name]]
-  if changed and not allowed:
-    raise UserError(f'{model_dir}: this run was begun with other settings ({"; ".join(changed)}); choose another MODEL_DIR, or '
-                    'go on all the same with --gin.train.allow_changes=True.')
-  if changed:
-    logging.warning('Goes on with other settings: %s.', '; '.join(changed))
+  def facts(found: dict[str, Any]) -> dict[str, Any]:
+    factors = {name: value for name, value in found['decoder'].items() if name.startswith('lora')}
+    known = ('data', 'task_feature_lengths', 'seed', 'optimizer', 'frozen')
+    return {name: found[name] for name in known} | {'decoder': factors} | found.get('settings', {})
+  old, new = facts(there), facts(here)
+  changed = {name: f'{name} is {old[name]} there, {new[name]} here' for name in old if name in new and old[name] != new[name]}
+  if not changed:
+    return
+  listed = '; '.join(changed.values())
+  other_arrays = changed.keys() & {'optimizer', 'optimizer.state_dtype', 'frozen', 'decoder'}  # these cannot be read
+  if allowed and not other_arrays:
+    logging.warning('Goes on with other settings: %s.', listed)
+    return
+  way_out = '' if other_arrays else ', or go on all the same with --gin.train.allow_changes=True'
+  raise UserError(f'{model_dir}: this run was begun with other {", ".join(changed)} ({listed}); choose another MODEL_DIR'
+                  f'{way_out}.')
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

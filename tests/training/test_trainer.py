@@ -49,8 +49,7 @@ def test_the_run_folder_tells_what_the_run_was(tiny_store, finished):
 def test_tensorboard_has_every_term(finished):
   found = tiny.scalars(finished)
   for term in ('loss', 'nig', 'tt', 'ut', 'spans', 'target_tokens', 'tokens', 'gradient_norm', 'tt_accuracy',
-               'ut_accuracy', 'learning_rate',
-               'spans_per_second', 'tokens_per_second', 'steps_per_second'):
+               'ut_accuracy', 'learning_rate', 'spans_per_second', 'tokens_per_second', 'steps_per_second'):
     assert sorted(step for name, step in found if name == f'train/{term}') == list(range(1, STEPS + 1)), term
   for split, step in [('train', 3), ('validation', STEPS)]:
     loss, nig, tt, ut = (found[f'{split}/{term}', step] for term in ('loss', 'nig', 'tt', 'ut'))
@@ -120,10 +119,10 @@ def test_a_loss_that_is_none_stops_the_run_and_keeps_the_checkpoint_before(tiny_
       yield step, batch | ({'loss_weights': batch['loss_weights'] * np.nan} if step == 3 else {})
   with monkeypatch.context() as patch:
     patch.setattr(trainer, '_prefetched', poisoned)
-    for log_every in (1, 100):  # also where nobody looks at the step before it would be saved
-      folder = tmp_path / f'run{log_every}'
+    for log_every, eval_every in [(1, 0), (100, 0), (100, 4)]:  # also where the step is looked at for the first time
+      folder = tmp_path / f'run{log_every}-{eval_every}'
       with pytest.raises(UserError, match='Step 4: nig = nan'):
-        tiny.train(tiny_store, folder, schedule=trainer.Schedule(log_every=log_every, eval_every=0, save_every=2))
+        tiny.train(tiny_store, folder, schedule=trainer.Schedule(log_every=log_every, eval_every=eval_every, save_every=2))
       assert checkpoints.newest_step(folder) == 2
   assert tiny.train(tiny_store, folder)['loss'] > 0  # the same command goes on
 
