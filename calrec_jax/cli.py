@@ -163,6 +163,8 @@ def _configured(verb: str) -> Callable[[argparse.Namespace], Any]:
 
 
 def _train(options: argparse.Namespace) -> Outcome:
+  if options.profile:
+    options.bindings.append('schedule.profile_steps=3')
   metrics = _configured('train')(options)
   validation = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
   return metrics, f'Trained; validation {validation}.' if metrics else 'Trained.'
@@ -247,6 +249,8 @@ def parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, name, run, about, example, more=GIN_HELP)
     verb.add_argument('--gin_file', action='append', default=[], metavar='FILE', help='gin file; may be repeated')
     verb.add_argument('--gin_search_paths', default='', metavar='DIR,DIR', help='more folders to look for gin files in')
+    if name == 'train':
+      verb.add_argument('--profile', action='store_true', help='trace three steps for TensorBoard, into MODEL_DIR/profile')
 
   verb = _verb(verbs, 'score', _score, "show a text's tokens and their log-probabilities, to see that an import is right",
                "calrec score --checkpoint runs/smollm2 --text 'The capital of France is Paris.'")

@@ -15,6 +15,7 @@ import gin
 
 from calrec_jax import runs
 from calrec_jax.errors import UserError
+from calrec_jax.evaluation.dense import dense_metrics
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.inference.generate import generate
 from calrec_jax.models.decoder_config import DecoderConfig
@@ -30,7 +31,8 @@ from calrec_jax.training.trainer import Schedule, train
 
 CONFIGURABLES = {
     'text': ItemTemplate, 'vocabulary': load_vocabulary, 'inputs': Inputs, 'rows': RowOptions, 'decoder': DecoderConfig,
-    'objective': Objective, 'optimizer': Optimizer, 'mesh': MeshShape, 'schedule': Schedule, 'train': train,
+    'objective': Objective, 'optimizer': Optimizer, 'mesh': MeshShape, 'schedule': Schedule,
+    'dense_metrics': dense_metrics, 'train': train,
     'sample': generate, 'infer': runs.infer, 'bm25': Bm25Options, 'ranking': evaluate, 'evaluate': runs.rank}
 
 for _name, _target in CONFIGURABLES.items():

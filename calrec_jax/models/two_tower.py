@@ -160,13 +160,24 @@ class TwoTower(nn.Module):
     """What the rows embed; the head does not run."""
     return pooled(self.joint(batch, train), self.alone(batch, train), batch, bos=self.bos)
 
-  def rows(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, jax.Array, Pooled | None]:
-    """(nats, weights) of the target tokens [B, Q], and what the rows embed; None where nothing is contrasted."""
+  def rows(self, batch: Batch, *, train: bool = False, embeds: bool | None = None,
+           ) -> tuple[jax.Array, jax.Array, Pooled | None]:
+    """(nats, weights) of the target tokens [B, Q], and what the rows embed: None, if nothing is contrasted and `embeds` is."""
     hidden_BLD = self.joint(batch, train)
     nll_BQ, weights_BQ = self.target_nll(hidden_BLD, batch)
-    if not self.objective.contrasts:
+    if not (self.objective.contrasts if embeds is None else embeds):
       return nll_BQ, weights_BQ, None
     return nll_BQ, weights_BQ, pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
+
+  def validate(self, batch: Batch) -> tuple[Terms, jax.Array]:
+    """The terms of the loss, without dropout, and v_U of the spans, float32 [B, E, D]."""
+    nll_BQ, weights_BQ, rows = self.rows(batch, embeds=True)
+    terms = contrast(towers(rows, batch), batch, self.objective) if self.objective.contrasts else no_contrast()
+    return summary(losses.weighted_mean(nll_BQ, weights_BQ), terms, batch, self.objective)[1], rows.user_BED
+
+  def embed_texts(self, batch: Batch) -> jax.Array:
+    """v_T of each alone slot, float32 [B, S, D]."""
+    return pool(self.alone(batch), slot_positions(batch, self.bos))
 
   def embed(self, batch: Batch) -> Towers:
     """The embeddings of the batch's spans."""

@@ -16,7 +16,7 @@ import numpy as np
 from calrec_jax.errors import UserError
 from calrec_jax.text.corpus import Corpus, Excerpts, excerpts
 from calrec_jax.text.packing import fill_rows
-from calrec_jax.text.rows import BatchLayout, Shapes, build_rows, target_texts
+from calrec_jax.text.rows import BatchLayout, Shapes, build_alone_rows, build_rows, target_texts
 
 SLACK = 0.01  # of a window's rows are left free, so that a window that packs a little worse still fits
 PROBES = 3  # windows that are packed to choose the shapes
@@ -57,9 +57,14 @@ def _pack(cut: Excerpts, chosen: np.ndarray, limits: tuple[int, int, int], rng: 
   return [chosen[row] for row in fill_rows(sizes, np.asarray(limits), rng)]
 
 
+def _text_lengths(corpus: Corpus, texts: np.ndarray) -> np.ndarray:
+  """Tokens of texts that are read alone."""
+  return corpus.item_lengths[corpus.text_items[texts]] + corpus.bos_length
+
+
 def _pack_texts(corpus: Corpus, texts: np.ndarray, alone_length: int, alone_slots: int) -> list[np.ndarray]:
   """Alone rows of distinct texts."""
-  lengths = corpus.item_lengths[corpus.text_items[texts]] + corpus.bos_length
+  lengths = _text_lengths(corpus, texts)
   sizes = np.stack([lengths, np.ones_like(lengths)], axis=1)
   return [texts[row] for row in fill_rows(sizes, np.asarray([alone_length, alone_slots]))]
 
@@ -72,7 +77,7 @@ def _alone_size(corpus: Corpus, steps: list[list[np.ndarray]], cut: Excerpts, n_
                 alone_slots: int | None) -> tuple[int, int]:
   """(M, S): the smallest multiples of 8 with which the texts of each step fit `n_rows` alone rows."""
   texts = [_distinct_texts(corpus, cut, step) for step in steps]
-  lengths = [corpus.item_lengths[corpus.text_items[t]] + corpus.bos_length for t in texts]
+  lengths = [_text_lengths(corpus, t) for t in texts]
   longest = int(corpus.item_lengths[corpus.events].max(initial=1)) + corpus.bos_length  # of all steps to come
   if alone_length and alone_length < longest:
     raise UserError(f"rows.alone_length = {alone_length}: an item's text has {longest} tokens; raise it, or lower "
@@ -207,6 +212,13 @@ class BatchPlan:
     """The arrays of a step, or of some of its rows (see `rows.py`)."""
     return build_rows(self.corpus, self.excerpts, self.layout(step), self.shapes, rows)
 
+  def lengths(self, step: int) -> tuple[np.ndarray, int]:
+    """Tokens of each segment of a step, histories and texts alone; and how many target tokens it has."""
+    layout = self.layout(step)
+    chosen, texts = np.concatenate(layout.rows), np.concatenate(layout.alone_rows)
+    return (np.concatenate([self.excerpts.tokens[chosen], _text_lengths(self.corpus, texts)]),
+            int(self.excerpts.losses[chosen].sum()))
+
   def example_ids(self, step: int) -> list[str]:
     """The users whose histories make up a step."""
     return [self.corpus.user_ids[self.excerpts.users[e]] for row in self.layout(step).rows for e in row]
@@ -239,6 +251,51 @@ class OnePass:
     """The arrays of batch `step`, or of some of its rows."""
     return build_rows(self.corpus, self.excerpts, self.layouts[step], self.shapes, rows)
 
+  def spans(self, step: int) -> np.ndarray:
+    """Where the spans of a batch are in its flattened span table [B · E]; in the order of `targets`."""
+    sizes = self.excerpts.stops - self.excerpts.first_targets
+    return np.concatenate([row * self.shapes.E + np.arange(int(sizes[chosen].sum()))
+                           for row, chosen in enumerate(self.layouts[step].rows)])
+
+  @property
+  def targets(self) -> np.ndarray:
+    """The text of every span, batch after batch: int64."""
+    return target_texts(self.corpus, self.excerpts, self._chosen())
+
+  @property
+  def sources(self) -> np.ndarray:
+    """The data set of every span's history: int64."""
+    chosen = self._chosen()
+    sizes = (self.excerpts.stops - self.excerpts.first_targets)[chosen]
+    return np.repeat(self.corpus.user_sources[self.excerpts.users[chosen]], sizes)
+
+  def _chosen(self) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *(row for layout in self.layouts for row in layout.rows)])
+
+
+class TextPass:
+  """Texts, each once, in alone rows: as many batches of one shape as that takes."""
+
+  def __init__(self, corpus: Corpus, texts: np.ndarray, *, batch_size: int, length: int):
+    self.corpus = corpus
+    rows = _pack_texts(corpus, texts, length, length)
+    rows += [texts[:0]] * (-len(rows) % batch_size)
+    self.rows = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    slots = _round_up(max((len(row) for row in rows), default=1))
+    self.shapes = Shapes(B=batch_size, L=0, M=length, Q=0, E=0, S=slots)
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+    """The alone arrays of batch `step`, or of some of its rows."""
+    return build_alone_rows(self.corpus, self.rows[step][rows], self.shapes)
+
+  def slots(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """(texts, where they are among the flattened slots [B · S]) of a batch."""
+    rows = self.rows[step]
+    return np.concatenate(rows), np.concatenate([row * self.shapes.S + np.arange(len(texts)) for row, texts in enumerate(rows)])
+
 
 def _spread_evenly(n: int, most: int | None) -> np.ndarray:
   """Up to `most` of the numbers below n, at even distances: of a mixture, each source gives its share."""
@@ -248,7 +305,6 @@ def _spread_evenly(n: int, most: int | None) -> np.ndarray:
 def _fill(corpus: Corpus, cut: Excerpts, layouts: list[BatchLayout], shapes: Shapes) -> dict[str, float]:
   """Shares of joint and alone positions that hold tokens."""
   joint = sum(int(cut.tokens[row].sum()) for layout in layouts for row in layout.rows)
-  alone = sum(int((corpus.item_lengths[corpus.text_items[row]] + corpus.bos_length).sum())
-              for layout in layouts for row in layout.alone_rows)
+  alone = sum(int(_text_lengths(corpus, row).sum()) for layout in layouts for row in layout.alone_rows)
   positions = len(layouts) * shapes.B
   return {'joint_fill': joint / (positions * shapes.L), 'alone_fill': alone / (positions * shapes.M)}

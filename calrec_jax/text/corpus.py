@@ -32,6 +32,7 @@ class Corpus:
   Attributes:
     bank: int32 [T], every piece's tokens: the items', then NEXT's, then BOS (if any) and FIRST's together.
     item_starts, item_lengths: int64 [I], where in the bank an item's tokens are, cut to `max_item_tokens`.
+    item_sources: int64 [I], the data set of each.
     text_ids: int64 [I], identity of the item's text over all sources, from 1.
     text_items: int64 [texts + 1], one item of each text.
     opener, next_prompt: (start, length) in the bank.
@@ -46,6 +47,7 @@ class Corpus:
   bank: np.ndarray
   item_starts: np.ndarray
   item_lengths: np.ndarray
+  item_sources: np.ndarray
   text_ids: np.ndarray
   text_items: np.ndarray
   opener: tuple[int, int]
@@ -89,6 +91,7 @@ def build_corpus(sources: Sequence[Source], *, template: ItemTemplate, vocabular
   return Corpus(
       bank=np.concatenate([*banks, next_tokens, bos, first_tokens]).astype(np.int32),
       item_starts=np.concatenate(starts), item_lengths=np.minimum(full_lengths, max_item_tokens),
+      item_sources=np.repeat(np.arange(len(sources)), [len(s.histories.items) for s in sources]),
       text_ids=text_ids, text_items=np.concatenate([[0], text_items]),
       opener=(n_tokens + len(next_tokens), len(bos) + len(first_tokens)), next_prompt=(n_tokens, len(next_tokens)),
       bos_length=len(bos), eos=vocabulary.eos_id,

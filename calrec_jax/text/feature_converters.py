@@ -188,6 +188,7 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     return Corpus(
         bank=np.concatenate(bank).astype(np.int32),
         item_starts=np.asarray(starts, np.int64), item_lengths=lengths - over,
+        item_sources=np.zeros(len(starts), np.int64),
         text_ids=np.asarray(text_ids, np.int64), text_items=np.asarray(text_items, np.int64),
         opener=(n_tokens + len(self._next), len(self._bos) + len(self._first)), next_prompt=(n_tokens, len(self._next)),
         bos_length=len(self._bos), eos=self._eos, events=np.arange(len(starts)), offsets=np.cumsum(counts),

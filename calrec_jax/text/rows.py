@@ -36,6 +36,11 @@ class Shapes:
   E: int
   S: int
 
+  @property
+  def positions(self) -> int:
+    """Of the whole batch, joint and alone."""
+    return self.B * (self.L + self.M)
+
   def features(self) -> dict[str, tuple[tuple[int, ...], type]]:
     """Name to (shape, dtype) of every array of a batch."""
     joint, alone, span = (self.B, self.L), (self.B, self.M), (self.B, self.E)
@@ -83,6 +88,14 @@ def build_rows(corpus: Corpus, excerpts: Excerpts, layout: BatchLayout, shapes: 
   by_text = np.argsort(texts)
   _write_joint(batch, corpus, excerpts, layout.rows[rows], texts[by_text], slots[by_text])
   _write_alone(batch, corpus, layout.alone_rows[rows])
+  return batch
+
+
+def build_alone_rows(corpus: Corpus, alone_rows: list[np.ndarray], shapes: Shapes) -> dict[str, np.ndarray]:
+  """The alone part of a batch by itself: rows of texts."""
+  features = dataclasses.replace(shapes, B=len(alone_rows)).features()
+  batch = {name: np.zeros(*features[name]) for name in ('alone_tokens', 'alone_segments', 'alone_positions', 'slot_texts')}
+  _write_alone(batch, corpus, alone_rows)
   return batch
 
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from calrec_jax.errors import UserError
 from calrec_jax.models.decoder_config import DecoderConfig
 
 FOLDER = 'checkpoints'
+BEST = 'best'  # after a run's folder: its best step
 VOCABULARY_FILE = 'vocabulary.json'
 
 
@@ -58,15 +59,27 @@ def write_params(model_dir: str | pathlib.Path, params: Any, description: dict[s
 
 
 class Checkpoints:
-  """Writes the checkpoints of one run, in the background. As a context it waits for them when it ends."""
+  """Writes the checkpoints of one run, in the background. As a context it waits for them when it ends.
 
-  def __init__(self, model_dir: str | pathlib.Path, *, keep: int = 3):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
+  The newest `keep` are kept, and the best.
+  """
+
+  def __init__(self, model_dir: str | pathlib.Path, *, keep: int = 3, best_step: int | None = None):
+    self._keep, self._best_step = keep, best_step
+    options = ocp.CheckpointManagerOptions(preservation_policy=self, enable_async_checkpointing=True,
+                                           cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(pathlib.Path(model_dir).absolute() / FOLDER, options=options,
                                           item_names=('params', 'rest', 'description'))
 
-  def save(self, step: int, params: Any, rest: Any, description: dict[str, Any]) -> None:
-    """Begins to write a step; returns before it is on disk."""
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Which of the checkpoints, oldest first, stay: Orbax asks for it."""
+    oldest = len(checkpoints) - self._keep
+    return [i >= oldest or found.step == self._best_step for i, found in enumerate(checkpoints)]
+
+  def save(self, step: int, params: Any, rest: Any, description: dict[str, Any], best_step: int | None = None) -> None:
+    """Begins to write a step; returns before it is on disk. `best_step` is the best one so far."""
+    self.wait()  # the step before is whole, and the best one before it not yet gone
+    self._best_step = best_step
     self._manager.save(step, force=True, args=ocp.args.Composite(
         params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest), description=ocp.args.JsonSave(description)))
 
@@ -93,8 +106,16 @@ def newest_step(model_dir: str | pathlib.Path) -> int | None:
 
 
 def find(path: str | pathlib.Path) -> Found:
-  """The checkpoint at `path`: a run's folder (its newest step) or the folder of one step. Raises UserError."""
+  """The checkpoint at `path`: a run's folder (its newest step), `best` after it, or the folder of one step.
+
+  Raises UserError.
+  """
   path = pathlib.Path(path).absolute()
+  if path.name == BEST and not path.exists() and newest_step(path.parent) is not None:
+    step = (find(path.parent).description.get('best') or {}).get('step')
+    if step is None:
+      raise UserError(f'{path}: this run has no best step, for it was not judged by schedule.best_metric; give {path.parent}.')
+    return find(path.parent / FOLDER / str(step))
   if path.name.isdigit() and path.parent.name == FOLDER:
     model_dir, step = path.parent.parent, int(path.name)
   else:

@@ -24,6 +24,8 @@ class Optimizer:
     weight_decay: decoupled, times the learning rate; not on norm scales and biases.
     b1, b2: AdamW's decay rates.
     clip_norm: largest global norm of the gradient; None: not clipped.
+    average_decay: the run's parameters are a moving average of the trained ones: a ← d · a + (1 − d) · θ after each step, with
+      d the smaller of this and (1 + step) / (10 + step). They are validated, and what other verbs read. 0: not averaged.
     state_dtype: of AdamW's moments and Adafactor's statistics: `float32`, or `bfloat16`, rounded at random without bias.
   """
 
@@ -36,6 +38,7 @@ class Optimizer:
   b1: float = 0.9
   b2: float = 0.99
   clip_norm: float | None = 1.0
+  average_decay: float = 0.0
   state_dtype: str = 'float32'
 
   def __post_init__(self):
@@ -43,6 +46,8 @@ class Optimizer:
       raise UserError(f"optimizer.name = {self.name!r}: choose 'adamw' or 'adafactor'.")
     if self.schedule not in ('constant', 'linear', 'cosine', 'rsqrt'):
       raise UserError(f"optimizer.schedule = {self.schedule!r}: choose 'constant', 'linear', 'cosine' or 'rsqrt'.")
+    if not 0 <= self.average_decay < 1:
+      raise UserError(f'optimizer.average_decay = {self.average_decay}: give 0 (not averaged), or a number below 1.')
     if self.state_dtype not in ('float32', 'bfloat16'):
       raise UserError(f"optimizer.state_dtype = {self.state_dtype!r}: choose 'float32' or 'bfloat16'.")
 

@@ -21,12 +21,21 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a step changes or reads: `rng` is the run's key, folded with the step for dropout."""
+  """All that a step changes or reads: `rng` is the run's key, folded with the step for dropout.
+
+  `average` is a moving average of the trained parameters, or None.
+  """
 
   step: jax.Array
   rng: jax.Array
   params: Any
   opt_state: Any
+  average: Any = None
+
+  @property
+  def judged(self) -> Any:
+    """The parameters that the run is about: averaged where there is an average."""
+    return self.params if self.average is None else trainable.join(self.params, self.average)
 
 
 def init_params(model: TwoTower, rng: jax.Array, shapes: Shapes) -> Any:
@@ -37,7 +46,8 @@ def init_params(model: TwoTower, rng: jax.Array, shapes: Shapes) -> Any:
 
 
 def new_state(model: TwoTower, optimizer: optax.GradientTransformation, shapes: Shapes, seed: int, mesh: Mesh,
-              trained: IsTrained = lambda path: True) -> tuple[Callable[..., TrainState], TrainState]:
+              trained: IsTrained = lambda path: True, averages: bool = False,
+              ) -> tuple[Callable[..., TrainState], TrainState]:
   """(a function that makes the state on the mesh, the state's shardings).
 
   The function takes parameters that are there already, whose memory it takes over; the others are drawn at random. The
@@ -46,19 +56,22 @@ def new_state(model: TwoTower, optimizer: optax.GradientTransformation, shapes: 
   def boxed_state(loaded: Any) -> TrainState:
     init_rng, rng = jax.random.split(jax.random.key(seed))
     params = trainable.join(init_params(model, init_rng, shapes), loaded)
-    opt_state = optimizer.init(rounding.as_float32(trainable.split(params, trained)[0]))
-    return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(rng), params, opt_state)
+    moving = trainable.split(params, trained)[0]
+    # A copy of its own: the memory of params is given to the next step's.
+    average = jax.tree.map(jnp.copy, moving) if averages else None
+    return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(rng), params,
+                      optimizer.init(rounding.as_float32(moving)), average)
   shardings = partitioning.shardings(jax.eval_shape(lambda: boxed_state({})), mesh)
   make = jax.jit(lambda loaded: nn.unbox(boxed_state(loaded)), out_shardings=shardings, donate_argnums=0)
   return lambda loaded=None: make(loaded or {}), shardings
 
 
 def make_train_step(model: TwoTower, optimizer: optax.GradientTransformation, mesh: Mesh, shardings: TrainState,
-                    trained: IsTrained = lambda path: True, microbatches: int = 1,
+                    trained: IsTrained = lambda path: True, microbatches: int = 1, average_decay: float = 0.0,
                     ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
   """The jitted update; the old state's memory is reused for the new one. What is not trained has no gradient either.
 
-  With several `microbatches` the gradient is that of the whole batch, see `gradient_cache`.
+  `average_decay`: see `Optimizer`. With several `microbatches` the gradient is that of the whole batch, see `gradient_cache`.
   """
   def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -72,17 +85,35 @@ def make_train_step(model: TwoTower, optimizer: optax.GradientTransformation, me
     grads, params32 = rounding.as_float32(grads), rounding.as_float32(params)
     updates, opt_state = optimizer.update(grads, state.opt_state, params32)
     metrics['gradient_norm'] = optax.global_norm(grads)
-    params = rounding.store(optax.apply_updates(params32, updates), params, jax.random.fold_in(rng, 1))
-    return TrainState(state.step + 1, state.rng, trainable.join(fixed, params), opt_state), metrics
+    params32 = optax.apply_updates(params32, updates)
+    params = rounding.store(params32, params, jax.random.fold_in(rng, 1))
+    average = state.average
+    if average is not None:
+      # Young averages forget faster: what they began with is no better than what follows.
+      decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
+      moved = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), rounding.as_float32(average), params32)
+      average = rounding.store(moved, average, jax.random.fold_in(rng, 2))
+    return TrainState(state.step + 1, state.rng, trainable.join(fixed, params), opt_state, average), metrics
   return _on_mesh(jax.jit(train_step, in_shardings=(shardings, partitioning.batch_sharding(mesh)),
                           out_shardings=(shardings, NamedSharding(mesh, P())), donate_argnums=0), mesh)
 
 
-def make_eval_step(model: TwoTower, mesh: Mesh, param_shardings: Any) -> Callable[[Any, dict[str, jax.Array]], Metrics]:
-  """The jitted loss terms of one batch, without dropout."""
-  def eval_step(params: Any, batch: dict[str, jax.Array]) -> Metrics:
-    return model.apply({'params': params}, batch)[1]
-  return _on_mesh(jax.jit(eval_step, in_shardings=(param_shardings, partitioning.batch_sharding(mesh)),
+def make_eval_step(model: TwoTower, mesh: Mesh, param_shardings: Any,
+                   ) -> Callable[[Any, dict[str, jax.Array]], tuple[Metrics, jax.Array]]:
+  """The jitted loss terms of one batch, without dropout, and v_U of its spans, [B, E, D] on every device."""
+  return _reading(model, TwoTower.validate, mesh, param_shardings)
+
+
+def make_embed_texts(model: TwoTower, mesh: Mesh, param_shardings: Any) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+  """The jitted v_T of the texts of alone rows, [B, S, D] on every device."""
+  return _reading(model, TwoTower.embed_texts, mesh, param_shardings)
+
+
+def _reading(model: TwoTower, method: Callable, mesh: Mesh, param_shardings: Any) -> Callable:
+  """A method of the model, jitted, that changes nothing."""
+  def read(params: Any, batch: dict[str, jax.Array]) -> Any:
+    return model.apply({'params': params}, batch, method=method)
+  return _on_mesh(jax.jit(read, in_shardings=(param_shardings, partitioning.batch_sharding(mesh)),
                           out_shardings=NamedSharding(mesh, P())), mesh)
 
 

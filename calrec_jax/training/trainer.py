@@ -1,56 +1,48 @@
 """The train loop: build, restore, then step, log, evaluate, save."""
 
-import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import logging
-import math
 import pathlib
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
-import tqdm
-from clu import metric_writers
-from jax.experimental import multihost_utils
 
 from calrec_jax import provenance
 from calrec_jax.errors import UserError
-from calrec_jax.models import lora
-from calrec_jax.models.decoder import Decoder, boxed_params
+from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import BatchPlan, OnePass, RowOptions
-from calrec_jax.training import checkpoints, partitioning, trainable
+from calrec_jax.training import checkpoints, partitioning, resuming, trainable
+from calrec_jax.training.best import LOSSES, RETRIEVAL, Best
 from calrec_jax.training.inputs import Inputs
+from calrec_jax.training.journal import Journal
+from calrec_jax.training.meter import Meter, count, memory_line
 from calrec_jax.training.optimizer import Optimizer
 from calrec_jax.training.partitioning import MeshShape
-from calrec_jax.training.train_step import TrainState, make_eval_step, make_train_step, new_state
+from calrec_jax.training.preemption import PREEMPTED, termination
+from calrec_jax.training.train_step import TrainState, make_train_step, new_state
 from calrec_jax.training.trainable import IsTrained
-
-PREEMPTED = 75  # exit code after SIGTERM: saved, start again to go on
-CHECKED = ('nig', 'tt', 'ut', 'gradient_norm')  # what must be finite in every step
+from calrec_jax.training.validation import Judge, Validation
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """When a run logs, evaluates and saves, in steps.
+  """When a run logs, evaluates, saves and ends, in steps.
 
   Attributes:
     log_every: a line of metrics.
-    eval_every: validation loss; 0: only at the end.
+    eval_every: validation; 0: only at the end.
     eval_histories: of the validation split, so many, evenly spread; None: all.
     save_every: a checkpoint; the last step is saved always.
-    keep: newest checkpoints that are kept.
+    keep: newest checkpoints that are kept, and the best one beside them.
+    best_metric: by which a step is the best: `ndcg@10` or `recall@10` of dense retrieval, or a loss of the validation,
+      `loss`, `nig`, `tt` or `ut`. `MODEL_DIR/best` names that step wherever a checkpoint is asked for.
+    patience: training ends after so many evaluations in turn that are no better than the best; None: never.
+    profile_steps: so many steps are traced, from the third on, for TensorBoard's profiler: into `MODEL_DIR/profile`.
   """
 
   log_every: int = 20
@@ -58,12 +50,26 @@ class Schedule:
   eval_histories: int | None = 1000
   save_every: int = 200
   keep: int = 3
+  best_metric: str = 'ndcg@10'
+  patience: int | None = None
+  profile_steps: int = 0
+
+  def __post_init__(self):
+    for name, least in (('log_every', 1), ('eval_every', 0), ('save_every', 1), ('keep', 1), ('patience', 1),
+                        ('eval_histories', 1), ('profile_steps', 0)):
+      value = getattr(self, name)
+      if value is not None and value < least:
+        raise UserError(f'schedule.{name} = {value}: give at least {least}.')
+    if self.best_metric not in (*RETRIEVAL, *LOSSES):
+      raise UserError(f'schedule.best_metric = {self.best_metric!r}: choose one of {", ".join((*RETRIEVAL, *LOSSES))}.')
+    if self.patience and not self.eval_every:
+      raise UserError(f'schedule.patience = {self.patience}: needs evaluations; set schedule.eval_every.')
 
 
 def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, decoder: DecoderConfig, objective: Objective,
-          rows: RowOptions, optimizer: Optimizer, mesh: MeshShape, schedule: Schedule, initial_checkpoint: str | None = None,
-          frozen: Sequence[str] = (), head_chunks: int = 1, microbatches: int = 1, seed: int = 0,
-          allow_changes: bool = False, gin_text: Callable[[], str] = str) -> dict[str, float]:
+          rows: RowOptions, optimizer: Optimizer, mesh: MeshShape, schedule: Schedule, judge: Judge | None = None,
+          initial_checkpoint: str | None = None, frozen: Sequence[str] = (), head_chunks: int = 1, microbatches: int = 1,
+          seed: int = 0, allow_changes: bool = False, gin_text: Callable[[], str] = str) -> dict[str, float]:
   """Finetunes (or trains from random weights) one stage, and goes on from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -76,8 +82,9 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
     rows: how histories become rows.
     optimizer: the update rule.
     mesh: how devices are laid out.
-    schedule: when to log, evaluate and save.
-    initial_checkpoint: a run's folder, or one step's, whose weights this stage starts from.
+    schedule: when to log, evaluate, save and end.
+    judge: `evaluation.dense.dense_metrics`, or what else turns embeddings of users and texts into validation metrics.
+    initial_checkpoint: a run's folder, its `best`, or one step's, whose weights this stage starts from.
     frozen: names of parameters that are not trained, such as `embedding`, `mlp` or `query`.
     head_chunks: slices in which the head runs, see `TwoTower`.
     microbatches: parts in which a batch is computed one after the other, with the gradient of the whole, see `gradient_cache`.
@@ -93,74 +100,82 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   """
   device_mesh = mesh.build()
   partitioning.check_batch_size(batch_size, device_mesh, microbatches)
+  resuming.check_folder(model_dir)
   sources = inputs.load()
   decoder = with_vocabulary(decoder, inputs)
-  bos = inputs.vocabulary.bos_id is not None
   trained = trainable.is_trained(decoder, frozen)
-  model = TwoTower(Decoder(decoder), objective, bos=bos, head_chunks=head_chunks)
+  model = TwoTower(Decoder(decoder), objective, bos=inputs.vocabulary.bos_id is not None, head_chunks=head_chunks)
   plan = BatchPlan(inputs.corpus(sources, 'train'), batch_size=batch_size, length=inputs.length, options=rows, seed=seed)
-  validation = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
-                       options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)
-  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, 'frozen': sorted(frozen),
-                 'pretrained': _lineage(model_dir, initial_checkpoint), **inputs.description(sources), 'seed': seed,
-                 'settings': _settings(train_steps=train_steps, batch_size=batch_size, objective=objective, rows=rows,
-                                       optimizer=optimizer, dropout=decoder.dropout, param_dtype=decoder.param_dtype),
+  held_out = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
+                     options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)
+  averages = optimizer.average_decay > 0
+  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, 'frozen': sorted(frozen), 'averages': averages,
+                 'pretrained': resuming.lineage(model_dir, initial_checkpoint), **inputs.description(sources), 'seed': seed,
+                 'settings': resuming.settings(
+                     train_steps=train_steps, batch_size=batch_size, objective=objective, rows=rows, optimizer=optimizer,
+                     dropout=decoder.dropout, param_dtype=decoder.param_dtype),
                  'gin': gin_text(), 'versions': provenance.versions()}
-
   transformation = optimizer.build(train_steps)
-  make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh, trained)
-  _check_folder(model_dir)
-  state = _restore_or_start(pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, description,
-                            allow_changes)
+  make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh, trained, averages)
+  state, best = resuming.restore_or_start(pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, trained,
+                                          description, allow_changes, Best(schedule.best_metric))
+  train_step = make_train_step(model, transformation, device_mesh, shardings, trained, microbatches, optimizer.average_decay)
+  validation = Validation(held_out, model, device_mesh, shardings.params, judge)
   memory = memory_line(state, trained)
-  train_step = make_train_step(model, transformation, device_mesh, shardings, trained, microbatches)
-  eval_step = make_eval_step(model, device_mesh, shardings.params)
-  rate = optimizer.rate(train_steps)
+  store = _open_run(model_dir, inputs, schedule.keep, best)
+  if jax.process_index() == 0:
+    provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
+                     shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params),
+                     memory=memory)
+  logging.info('%s', memory)
+  logging.info('%d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.', plan.report['targets'],
+               100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
+  meter = Meter(plan, decoder, list(device_mesh.devices.flat))
+  journal = Journal(model_dir, meter, optimizer.rate(train_steps), start=int(state.step), train_steps=train_steps,
+                    profile_steps=schedule.profile_steps)
+  with store, journal:
+    return _loop(state, best, plan, train_step, validation, store=store, journal=journal, mesh=device_mesh, trained=trained,
+                 description=description, schedule=schedule, train_steps=train_steps, model_dir=model_dir)
 
-  start, last_eval = int(state.step), {}
-  with contextlib.ExitStack() as stack:
-    store = stack.enter_context(_open_run(model_dir, inputs, schedule.keep))
-    if jax.process_index() == 0:
-      provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
-                       shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params),
-                       memory=memory)
-    logging.info('%s', memory)
-    logging.info('%d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.', plan.report['targets'],
-                 100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
-    writer = stack.enter_context(contextlib.closing(metric_writers.create_default_writer(
-        model_dir, just_logging=jax.process_index() > 0, asynchronous=False)))
-    terminated = stack.enter_context(_termination())
-    bar = stack.enter_context(tqdm.tqdm(total=train_steps, initial=start, desc='train', unit='step', file=sys.stderr,
-                                        disable=None, mininterval=1.0))
-    meter = Meter(plan)
-    for step, batch in _prefetched(plan, device_mesh, start, train_steps):
+
+def _loop(state: TrainState, best: Best, plan: BatchPlan, train_step: Callable, validation: Validation, *,
+          store: checkpoints.Checkpoints, journal: Journal, mesh: jax.sharding.Mesh, trained: IsTrained,
+          description: dict[str, Any], schedule: Schedule, train_steps: int, model_dir: str) -> dict[str, float]:
+  """Steps from where the state is to the end; returns the last validation metrics."""
+  every = lambda steps, done: bool(steps) and done % steps == 0
+  exhausted = lambda best: schedule.patience is not None and best.waited >= schedule.patience
+  last_eval: dict[str, float] = {}
+  if exhausted(best):
+    logging.info('This run ended early, see `schedule.patience`; its best step is %d.', best.step)
+    return last_eval
+  with termination() as asked_to_leave:
+    for step, batch in _prefetched(plan, mesh, int(state.step), train_steps):
       state, metrics = train_step(state, batch)
-      bar.update()
-      meter.add(step, metrics)
+      journal.add(step, metrics)
       done = step + 1
-      logs = done % schedule.log_every == 0 or done == train_steps
-      if logs:
-        values = meter.read()
-        writer.write_scalars(done, {f'train/{k}': v for k, v in values.items()} | {'train/learning_rate': float(rate(step))})
-        bar.set_postfix_str(f'loss {values["loss"]:.3f} nig {values["nig"]:.3f} tt {values["tt"]:.3f} ut {values["ut"]:.3f} '
-                            f'{values["spans_per_second"]:.0f} spans/s {values["tokens_per_second"]:.0f} tokens/s')
-      stop = _all_stop(terminated, logs) and done < train_steps
-      evaluates = (len(validation) and not stop
-                   and (done == train_steps or (schedule.eval_every and done % schedule.eval_every == 0)))
-      saves = done == train_steps or done % schedule.save_every == 0 or stop
-      if evaluates or saves:
-        meter.check()  # what is judged and saved is good
+      if every(schedule.log_every, done) or done == train_steps:
+        journal.log(done)
+      leaves = asked_to_leave(done) and done < train_steps
+      evaluates = len(validation) and not leaves and (done == train_steps or every(schedule.eval_every, done))
+      improves = False
       if evaluates:
-        last_eval = evaluate_loss(eval_step, state.params, validation, device_mesh, objective)
-        writer.write_scalars(done, {f'validation/{k}': v for k, v in last_eval.items()})
-        logging.info('step %d: validation %s', done, {k: round(v, 4) for k, v in last_eval.items()})
-        meter.restart()
-      if saves:
-        store.save(done, state.params, _rest(state), description | {'validation': last_eval})
-      if stop:
+        journal.meter.check()  # what is judged is good
+        last_eval = validation(state.judged)
+        journal.validated(done, last_eval)
+        best = best.after(done, last_eval)
+        improves = best.step == done
+      if done == train_steps or every(schedule.save_every, done) or leaves or improves or exhausted(best):
+        journal.meter.check()  # and what is saved
+        store.save(done, *resuming.parts(state, trained), description | {'validation': last_eval, 'best': best.to_json()},
+                   best_step=best.step)
+      if leaves:
         store.wait()
         logging.warning('Terminated at step %d, which is saved in %s; the same command goes on from it.', done, model_dir)
         raise SystemExit(PREEMPTED)
+      if exhausted(best):
+        logging.info('Ends at step %d: %s was best at step %d, %d evaluations ago. %s/best names that step.', done, best.metric,
+                     best.step, best.waited, model_dir)
+        break
   return last_eval
 
 
@@ -175,123 +190,7 @@ def with_vocabulary(decoder: DecoderConfig, inputs: Inputs) -> DecoderConfig:
   return decoder
 
 
-def count(params: Any) -> int:
-  """How many numbers a tree of arrays holds."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def memory_line(state: TrainState, trained: IsTrained) -> str:
-  """What parameters and optimizer state take up on each device, to be read before training begins."""
-  def held(tree: Any) -> str:
-    sizes = collections.Counter()
-    for leaf in jax.tree.leaves(tree):
-      if jnp.issubdtype(leaf.dtype, jnp.floating):
-        sizes[leaf.dtype.name] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return ' + '.join(f'{size / 1e6:,.1f} MB of {name}' for name, size in sizes.items()) or 'nothing'
-  n_devices = len(jax.tree.leaves(state.params)[0].sharding.device_set)
-  n_trained = count(trainable.split(state.params, trained)[0])
-  return (f'{count(state.params):,} parameters, {n_trained:,} of them trained. '
-          f'On each of {n_devices} device(s): parameters {held(state.params)}; optimizer state {held(state.opt_state)}.')
-
-
-class Meter:
-  """Means of metrics, and rates, since the last reading; stops the run where a number is none."""
-
-  def __init__(self, plan: BatchPlan):
-    self._plan = plan
-    self.restart()
-
-  def restart(self) -> None:
-    """Begins to count anew; what was added is forgotten."""
-    self._time, self._metrics = time.monotonic(), {}
-
-  def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    self._metrics[step] = metrics
-
-  def check(self) -> None:
-    """Waits for the newest step. Raises UserError for the first step with a loss term or gradient that is NaN or infinite."""
-    self._metrics = jax.device_get(self._metrics)
-    for step, row in self._metrics.items():
-      if wrong := [f'{name} = {float(row[name])}' for name in CHECKED if name in row and not np.isfinite(row[name])]:
-        ids = self._plan.example_ids(step)
-        raise UserError(f'Step {step + 1}: {", ".join(wrong)}. Its examples: {", ".join(ids[:8])}'
-                        f'{f" and {len(ids) - 8} more" if len(ids) > 8 else ""}. Nothing of it is saved: lower LEARNING_RATE '
-                        'or optimizer.clip_norm, and go on from the checkpoint before with '
-                        '--gin.train.allow_changes=True.')
-
-  def read(self) -> dict[str, float]:
-    """Means over the steps since the last reading, and counts a second; waits for the newest step. Raises as `check` does."""
-    self.check()
-    rows, seconds = list(self._metrics.values()), time.monotonic() - self._time
-    values = {name: float(sum(row[name] for row in rows) / len(rows)) for name in rows[0]} if rows else {}
-    for name in ('spans', 'tokens'):
-      values[f'{name}_per_second'] = values[name] * len(rows) / seconds
-    values['steps_per_second'] = len(rows) / seconds
-    self.restart()
-    return values
-
-
-def evaluate_loss(eval_step: Callable, params: Any, batches: OnePass, mesh: jax.sharding.Mesh,
-                  objective: Objective) -> dict[str, float]:
-  """Loss terms over all batches: L_NIG as a mean over target tokens, the contrastive terms over spans; `loss` is theirs."""
-  sharding = partitioning.batch_sharding(mesh)
-  weight_of = {'nig': 'target_tokens', 'tt': 'spans', 'ut': 'spans'}
-  sums, weights = dict.fromkeys(weight_of, 0.0), dict.fromkeys(weight_of, 0.0)
-  for step in tqdm.trange(len(batches), desc='validation', leave=False, file=sys.stderr, disable=None):
-    batch = partitioning.global_batch(lambda rows, step=step: batches.batch(step, rows), batches.shapes.B, sharding)
-    metrics = {name: float(value) for name, value in jax.device_get(eval_step(params, batch)).items()}
-    for name, weight in weight_of.items():
-      sums[name] += metrics[name] * metrics[weight]
-      weights[name] += metrics[weight]
-  means = {name: sums[name] / max(weights[name], 1) for name in weight_of}
-  return {'loss': float(objective.total(**means)), **means}
-
-
-def _settings(**settings: Any) -> dict[str, Any]:
-  """What a run's numbers depend on, by the names that gin knows, as JSON has it."""
-  flat = {}
-  for name, value in settings.items():
-    if dataclasses.is_dataclass(value):
-      flat |= {f'{name}.{field}': found for field, found in dataclasses.asdict(value).items()}
-    else:
-      flat[name] = value
-  return flat
-
-
-def _check_changes(model_dir: pathlib.Path, there: dict[str, Any], here: dict[str, Any], allowed: bool) -> None:
-  """Raises UserError where a run in this folder was begun with other data or settings, unless that is allowed."""
-  def facts(found: dict[str, Any]) -> dict[str, Any]:
-    factors = {name: value for name, value in found['decoder'].items() if name.startswith('lora')}
-    known = ('data', 'task_feature_lengths', 'seed', 'optimizer', 'frozen')
-    return {name: found[name] for name in known} | {'decoder': factors} | found.get('settings', {})
-  old, new = facts(there), facts(here)
-  changed = {name: f'{name} is {old[name]} there, {new[name]} here' for name in old if name in new and old[name] != new[name]}
-  if not changed:
-    return
-  listed = '; '.join(changed.values())
-  other_arrays = changed.keys() & {'optimizer', 'optimizer.state_dtype', 'frozen', 'decoder'}  # these cannot be read
-  if allowed and not other_arrays:
-    logging.warning('Goes on with other settings: %s.', listed)
-    return
-  way_out = '' if other_arrays else ', or go on all the same with --gin.train.allow_changes=True'
-  raise UserError(f'{model_dir}: this run was begun with other {", ".join(changed)} ({listed}); choose another MODEL_DIR'
-                  f'{way_out}.')
-
-
-def _rest(state: TrainState) -> dict[str, Any]:
-  return {'step': state.step, 'rng': state.rng, 'opt_state': state.opt_state}
-
-
-def _check_folder(model_dir: str) -> None:
-  """Raises UserError for a folder that holds something other than a training run."""
-  folder = pathlib.Path(model_dir)
-  if folder.exists() and not folder.is_dir():
-    raise UserError(f'{folder}: is a file; choose another MODEL_DIR.')
-  if folder.is_dir() and any(folder.iterdir()) and not (folder / checkpoints.VOCABULARY_FILE).exists():
-    raise UserError(f'{folder}: the folder is in use, and not by a training run; choose another MODEL_DIR.')
-
-
-def _open_run(model_dir: str, inputs: Inputs, keep: int) -> checkpoints.Checkpoints:
+def _open_run(model_dir: str, inputs: Inputs, keep: int, best: Best) -> checkpoints.Checkpoints:
   """The run's checkpoints; the vocabulary is written beside them."""
   folder = pathlib.Path(model_dir)
   try:
@@ -300,47 +199,7 @@ def _open_run(model_dir: str, inputs: Inputs, keep: int) -> checkpoints.Checkpoi
       inputs.vocabulary.save(folder / checkpoints.VOCABULARY_FILE)
   except OSError as error:
     raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another MODEL_DIR.') from error
-  return checkpoints.Checkpoints(folder, keep=keep)
-
-
-def _lineage(model_dir: str, initial_checkpoint: str | None) -> dict[str, Any] | None:
-  """The pretrained model that a run goes back to, as `calrec import` described it; None if there is none."""
-  begun = checkpoints.newest_step(model_dir) is not None
-  source = model_dir if begun else initial_checkpoint
-  return checkpoints.find(source).description.get('pretrained') if source else None
-
-
-def _restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainState], shardings: TrainState,
-                      initial_checkpoint: str | None, decoder: DecoderConfig, description: dict[str, Any],
-                      allow_changes: bool) -> TrainState:
-  """The state to go on from: this run's newest checkpoint, else the weights of `initial_checkpoint`, else random weights."""
-  expected = {'decoder': decoder, 'vocabulary': description['vocabulary'], 'template': description['template']}
-  target = jax.eval_shape(make_state)
-  abstract_params = checkpoints.abstract(target.params, shardings.params)
-  if checkpoints.newest_step(model_dir) is not None:
-    found = checkpoints.find(model_dir)
-    if found.description['data'] is None:
-      raise UserError(f'{model_dir}: holds an imported model; choose another MODEL_DIR, and give this one as '
-                      'INITIAL_CHECKPOINT_PATH.')
-    checkpoints.check_fits(found, **expected)
-    _check_changes(model_dir, found.description, description, allow_changes)
-    abstract_rest = checkpoints.abstract(_rest(target), _rest(shardings))
-    restored = checkpoints.load(found, params=abstract_params, rest=abstract_rest)
-    logging.info('Goes on from step %d of %s.', found.step, model_dir)
-    return TrainState(params=restored['params'], **restored['rest'])
-  if initial_checkpoint is None:
-    return make_state()
-  found = checkpoints.find(initial_checkpoint)
-  checkpoints.check_fits(found, **expected)
-  logging.info('Starts from the weights of step %d of %s.', found.step, found.model_dir)
-  theirs = found.decoder_config(param_dtype=decoder.param_dtype)
-  if theirs.shape() == decoder.shape():  # factors, if there are any, are trained on
-    return make_state(checkpoints.load(found, params=abstract_params)['params'])
-  boxed = {'decoder': boxed_params(theirs)}
-  mesh = jax.tree.leaves(shardings.params)[0].mesh
-  there = checkpoints.abstract(nn.unbox(boxed), partitioning.shardings(boxed, mesh))
-  # What was loaded has no name here: merged weights replace it, and memory holds one of the two when the state is made.
-  return make_state({'decoder': lora.merge(checkpoints.load(found, params=there)['params']['decoder'], theirs)[0]})
+  return checkpoints.Checkpoints(folder, keep=keep, best_step=best.step)
 
 
 def _prefetched(plan: BatchPlan, mesh: jax.sharding.Mesh, start: int, stop: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
@@ -354,24 +213,3 @@ def _prefetched(plan: BatchPlan, mesh: jax.sharding.Mesh, start: int, stop: int)
       if step + 1 < stop:
         ahead = pool.submit(build, step + 1)
       yield step, batch
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[Any]:
-  """Yields an event that SIGTERM sets, where this is the main thread."""
-  event = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield event
-    return
-  previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
-  try:
-    yield event
-  finally:
-    signal.signal(signal.SIGTERM, previous)
-
-
-def _all_stop(terminated: threading.Event, logs: bool) -> bool:
-  """Whether to save and leave after this step. Several processes agree on it in the steps that log: all leave at one step."""
-  if jax.process_count() == 1:
-    return terminated.is_set()
-  return logs and bool(multihost_utils.process_allgather(np.asarray(terminated.is_set())).any())

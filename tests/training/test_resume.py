@@ -13,7 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
+from calrec_jax.errors import UserError
 from calrec_jax.training import checkpoints, trainer
+from calrec_jax.training.optimizer import Optimizer
+from calrec_jax.training.preemption import termination
 from calrec_jax.training.trainer import Schedule
 
 STEPS = 6
@@ -90,6 +93,20 @@ def test_killed_and_resumed_is_never_killed(tiny_store, uninterrupted, tmp_path,
   assert len(run.batches) == STEPS and len(set(run.batches.values())) == STEPS
 
 
+def test_averaged_parameters_go_on_too(tiny_store, tmp_path, monkeypatch):
+  averaged = {'optimizer': Optimizer(warmup_steps=2, average_decay=0.9)}
+  whole, run = Run(tiny_store, tmp_path / 'whole'), Run(tiny_store, tmp_path / 'run')
+  whole.go(monkeypatch, **averaged)
+  with pytest.raises(Killed):
+    run.go(monkeypatch, kill_at(3), **averaged)
+  run.go(monkeypatch, **averaged)
+  assert differing(run, whole) == []
+  assert any('trained' in name for name in whole.state())
+  with pytest.raises(UserError, match='averages is True there, False here') as error:
+    run.go(monkeypatch, allow_changes=True)
+  assert 'allow_changes' not in str(error.value)  # which would not help
+
+
 def without_optimizer(rest):
   return rest | {'opt_state': jax.tree.map(lambda x: x * 0, rest['opt_state'])}
 
@@ -158,8 +175,8 @@ def test_a_finished_run_has_nothing_to_do(tiny_store, uninterrupted, monkeypatch
 def test_other_threads_leave_signals_alone():
   found = []
   def look() -> None:
-    with trainer._termination() as event:
-      found.append((event.is_set(), signal.getsignal(signal.SIGTERM)))
+    with termination() as asked:
+      found.append((asked(1), signal.getsignal(signal.SIGTERM)))
   thread = threading.Thread(target=look)
   thread.start()
   thread.join()

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax import traverse_util
 
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.two_tower import TwoTower
@@ -62,7 +63,7 @@ def test_dropout_that_forgets_the_step_is_noticed(frozen, monkeypatch):
 
 def test_evaluation_has_no_dropout(frozen):
   step, params = make_eval_step(frozen.model, frozen.mesh, frozen.shardings.params), frozen.make_state().params
-  losses = {float(step(params, frozen.batch)['loss']) for _ in range(2)}
+  losses = {float(step(params, frozen.batch)[0]['loss']) for _ in range(2)}
   assert len(losses) == 1
   assert losses.isdisjoint(frozen.losses(2))
 
@@ -82,3 +83,29 @@ def test_weights_and_dropout_come_from_the_seed(tiny_store, frozen):
   assert not np.array_equal(other.params['decoder']['embedding'], again.params['decoder']['embedding'])
   assert not np.array_equal(other.rng, again.rng)
 
+
+
+@pytest.mark.parametrize('param_dtype, tolerance', [('float32', 1e-6), ('bfloat16', 0.03)])
+def test_averaged_parameters_are_the_moving_average_of_the_trained_ones(tiny_store, param_dtype, tolerance):
+  inputs, mesh, decay = tiny.inputs(tiny_store), ONE.build(jax.devices()[:1]), 0.3
+  decoder = dataclasses.replace(with_vocabulary(tiny.DECODER, inputs), param_dtype=param_dtype)
+  model, optimizer = TwoTower(Decoder(decoder), tiny.OBJECTIVE), optax.sgd(0.1)
+  plan = BatchPlan(inputs.corpus(inputs.load(), 'train'), batch_size=4, length=64, seed=0, options=RowOptions(window_steps=4))
+  trained = lambda path: 'embedding' not in path
+  make_state, shardings = new_state(model, optimizer, plan.shapes, 0, mesh, trained, averages=True)
+  step = make_train_step(model, optimizer, mesh, shardings, trained, average_decay=decay)
+  state = make_state()
+  flat = lambda tree: {path: np.asarray(leaf, np.float32) for path, leaf in traverse_util.flatten_dict(tree).items()}
+  expected, first = flat(state.average), flat(state.params)
+  for number in range(6):
+    state, _ = step(state, plan.batch(number))
+    d = min(decay, (1 + number) / (10 + number))
+    expected = {path: d * value + (1 - d) * flat(state.params)[path] for path, value in expected.items()}
+  found, judged = flat(state.average), flat(state.judged)
+  assert not any('embedding' in path for path in found) and judged.keys() == first.keys()
+  for path, value in expected.items():
+    scale = np.abs(value).max()
+    np.testing.assert_allclose(found[path], value, rtol=0, atol=tolerance * scale)
+    np.testing.assert_array_equal(judged[path], found[path])
+    assert np.abs(found[path] - flat(state.params)[path]).max() > 0
+  assert all(leaf.dtype == param_dtype for leaf in jax.tree.leaves(state.average))

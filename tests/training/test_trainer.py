@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 
 import flax.linen as nn
 import jax
@@ -13,13 +14,17 @@ import tiny
 
 from calrec_jax.errors import UserError
 from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.flops import training_flops
 from calrec_jax.models.losses import Objective
 from calrec_jax.models.two_tower import TwoTower
-from calrec_jax.text.batches import OnePass, RowOptions
+from calrec_jax.text.batches import BatchPlan, OnePass, RowOptions
+from calrec_jax.text.rows import Shapes
 from calrec_jax.training import checkpoints, partitioning, trainer
+from calrec_jax.training.meter import CHECKED, Meter, progress_line
 from calrec_jax.training.partitioning import MeshShape
-from calrec_jax.training.train_step import init_params, make_eval_step
-from calrec_jax.training.trainer import Meter, evaluate_loss, with_vocabulary
+from calrec_jax.training.train_step import init_params
+from calrec_jax.training.trainer import with_vocabulary
+from calrec_jax.training.validation import Validation, mean_losses
 
 STEPS = 6
 
@@ -49,7 +54,7 @@ def test_the_run_folder_tells_what_the_run_was(tiny_store, finished):
 def test_tensorboard_has_every_term(finished):
   found = tiny.scalars(finished)
   for term in ('loss', 'nig', 'tt', 'ut', 'spans', 'target_tokens', 'tokens', 'gradient_norm', 'tt_accuracy',
-               'ut_accuracy', 'learning_rate', 'spans_per_second', 'tokens_per_second', 'steps_per_second'):
+               'ut_accuracy', 'learning_rate', 'padding', 'spans_per_second', 'tokens_per_second', 'steps_per_second'):
     assert sorted(step for name, step in found if name == f'train/{term}') == list(range(1, STEPS + 1)), term
   for split, step in [('train', 3), ('validation', STEPS)]:
     loss, nig, tt, ut = (found[f'{split}/{term}', step] for term in ('loss', 'nig', 'tt', 'ut'))
@@ -60,14 +65,8 @@ def test_tensorboard_has_every_term(finished):
 def test_validation_means_are_weighted_by_what_they_are_means_over():
   rows = [{'nig': 2.0, 'tt': 1.0, 'ut': 3.0, 'target_tokens': 10.0, 'spans': 1.0, 'loss': 99.0, 'tokens': 1.0},
           {'nig': 5.0, 'tt': 2.0, 'ut': 6.0, 'target_tokens': 20.0, 'spans': 3.0, 'loss': 99.0, 'tokens': 1.0}]
-  class Batches:
-    shapes = type('Shapes', (), {'B': 8})
-    def __len__(self):
-      return len(rows)
-    def batch(self, step, chosen):
-      return {'number': np.full(8, step)[chosen]}
   objective = Objective(alpha=0.25, beta=0.5)
-  means = evaluate_loss(lambda _, batch: rows[int(batch['number'][0])], None, Batches(), MeshShape().build(), objective)
+  means = mean_losses(rows, objective)
   assert means == pytest.approx({'nig': 4.0, 'tt': 1.75, 'ut': 5.25, 'loss': 0.25 * 4 + 0.25 * 1.75 + 0.5 * 5.25})
 
 
@@ -78,8 +77,8 @@ def test_validation_of_many_batches_is_that_of_one(tiny_store):
   for batch_size in (8, 80):
     batches = OnePass(corpus, batch_size=batch_size, length=inputs.length, options=rows)
     params = init_params(model, jax.random.key(0), batches.shapes)
-    step = make_eval_step(model, mesh, partitioning.shardings(params, mesh))
-    found.append((len(batches), evaluate_loss(step, nn.unbox(params), batches, mesh, model.objective)))
+    validation = Validation(batches, model, mesh, partitioning.shardings(params, mesh))
+    found.append((len(batches), validation(nn.unbox(params))))
   (many, means), (one, whole) = found
   assert many > 1 == one
   assert means == pytest.approx(whole, rel=1e-5)
@@ -87,22 +86,23 @@ def test_validation_of_many_batches_is_that_of_one(tiny_store):
 
 def test_meter_means_and_rates(monkeypatch):
   clock = iter([10.0, 14.0, 14.0])
-  monkeypatch.setattr(trainer.time, 'monotonic', lambda: next(clock))
-  meter = Meter(None)
+  monkeypatch.setattr(time, 'monotonic', lambda: next(clock))
+  plan = type('Plan', (), {'shapes': Shapes(B=2, L=30, M=20, Q=0, E=0, S=0)})
+  meter = Meter(plan, tiny.DECODER, jax.devices()[:1])
   for step, (spans, loss) in enumerate([(2, 1.0), (4, 2.0)]):
     meter.add(step, {'spans': np.int32(spans), 'tokens': np.int32(10 * spans), 'loss': np.float32(loss)})
   assert meter.read() == {'spans': 3.0, 'tokens': 30.0, 'loss': 1.5, 'spans_per_second': 1.5,
-                          'tokens_per_second': 15.0, 'steps_per_second': 0.5}
+                          'tokens_per_second': 15.0, 'steps_per_second': 0.5, 'padding': 0.7}
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-@pytest.mark.parametrize('term', trainer.CHECKED)
+@pytest.mark.parametrize('term', CHECKED)
 def test_a_number_that_is_none_names_its_step_and_examples(term, value):
   class Plan:
     def example_ids(self, step):
       return [f'user{step}-{i}' for i in range(10)]
-  meter = Meter(Plan())
-  good = dict.fromkeys(trainer.CHECKED, np.float32(1))
+  meter = Meter(Plan(), tiny.DECODER, jax.devices())
+  good = dict.fromkeys(CHECKED, np.float32(1))
   meter.add(6, good)
   meter.check()
   meter.add(7, good | {term: np.float32(value)})
@@ -180,3 +180,41 @@ def test_rows_that_do_not_divide_are_told_before_anything_is_written(tiny_store,
   with pytest.raises(UserError, match='2 microbatches over 8'):
     tiny.train(tiny_store, tmp_path / 'run', microbatches=2)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_of_progress_tells_what_is_left():
+  values = {'loss': 2.5, 'nig': 2.0, 'tt': 3.0, 'ut': 4.0, 'spans_per_second': 12.4, 'tokens_per_second': 345.6,
+            'padding': 0.041, 'steps_per_second': 0.1}
+  assert progress_line(values, 400) == (
+      'loss 2.500 nig 2.000 tt 3.000 ut 4.000, 12 spans/s, 346 tokens/s, padding 4%, 1:06:40 left')
+  assert ', MFU 46%, ' in progress_line(values | {'mfu': 0.4551}, 400)
+
+
+def test_progress_is_written_where_there_is_no_terminal(tiny_store, tmp_path, caplog):
+  with caplog.at_level('INFO'):
+    tiny.train(tiny_store, tmp_path / 'run', schedule=trainer.Schedule(log_every=3, eval_every=0))
+  lines = [record.getMessage() for record in caplog.records if 'spans/s' in record.getMessage()]
+  assert [line.split(':')[0] for line in lines] == ['step 3 of 6', 'step 6 of 6']
+  assert lines[-1].endswith('0:00:00 left')
+
+
+def test_mfu_is_told_where_the_peak_is_known(tiny_store):
+  class Device:
+    device_kind = 'TPU v5 lite'
+  inputs = tiny.inputs(tiny_store)
+  decoder = with_vocabulary(tiny.DECODER, inputs)
+  plan = BatchPlan(inputs.corpus(inputs.load(), 'train'), batch_size=8, length=64, seed=0, options=RowOptions(window_steps=4))
+  meter, batch = Meter(plan, decoder, [Device(), Device()]), plan.batch(0)
+  meter.add(0, {'spans': np.int32(1), 'tokens': np.int32((batch['segments'] > 0).sum() + (batch['alone_segments'] > 0).sum())})
+  lengths, targets = plan.lengths(0)
+  assert targets == batch['loss_weights'].sum() and lengths.sum() == meter._metrics[0]['tokens']
+  values = meter.read()
+  assert values['mfu'] == pytest.approx(training_flops(decoder, lengths, targets) * values['steps_per_second'] / (2 * 197e12))
+  assert 0 < values['padding'] < 0.5
+
+
+def test_a_trace_is_written_on_request(tiny_store, tmp_path):
+  tiny.train(tiny_store, tmp_path / 'run', schedule=trainer.Schedule(eval_every=0, profile_steps=2))
+  assert list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))
+  tiny.train(tiny_store, tmp_path / 'short', train_steps=2, schedule=trainer.Schedule(eval_every=0, profile_steps=9))
+  assert list((tmp_path / 'short' / 'profile').rglob('*.xplane.pb'))  # the run ended first

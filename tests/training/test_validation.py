@@ -1,0 +1,86 @@
+"""What retrieval is judged by: every held-out user's v_U and every text's v_T are those of the text read by itself."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from calrec_jax.evaluation.dense import dense_metrics
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.two_tower import TwoTower
+from calrec_jax.ranking.dense import better_and_tied
+from calrec_jax.text.batches import OnePass, RowOptions
+from calrec_jax.training import partitioning
+from calrec_jax.training.partitioning import MeshShape
+from calrec_jax.training.train_step import init_params
+from calrec_jax.training.trainer import with_vocabulary
+from calrec_jax.training.validation import Validation
+
+
+@pytest.fixture(scope='module')
+def embedded(tiny_store):
+  """(what a judge is given, the model, its parameters, the pass)."""
+  inputs, mesh, found = tiny.inputs(tiny_store), MeshShape().build(), []
+  model = TwoTower(Decoder(with_vocabulary(tiny.DECODER, inputs)), tiny.OBJECTIVE)
+  corpus = inputs.corpus(inputs.load(), 'validation')
+  batches = OnePass(corpus, batch_size=8, length=inputs.length, options=RowOptions(targets='last'), max_histories=50)
+  params = init_params(model, jax.random.key(0), batches.shapes)
+  def judge(embedded):
+    found.append(embedded)
+    return {'ndcg@10': 0.5}
+  validation = Validation(batches, model, mesh, partitioning.shardings(params, mesh), judge)
+  assert validation(nn.unbox(params))['ndcg@10'] == 0.5
+  return found[0], model, nn.unbox(params), batches
+
+
+def read_alone(model, params, tokens) -> np.ndarray:
+  """Hidden states of one text by itself."""
+  tokens_BL = np.asarray([tokens], np.int32)
+  hidden = model.apply({'params': params}, tokens_BL, np.ones_like(tokens_BL), np.arange(len(tokens))[None],
+                       method=lambda m, *arrays: m.decoder(*arrays))
+  return np.asarray(hidden[0], np.float32)
+
+
+def test_every_user_and_text_is_embedded_as_if_alone(embedded):
+  found, model, params, batches = embedded
+  corpus = batches.corpus
+  item = lambda i: corpus.bank[corpus.item_starts[i]:corpus.item_starts[i] + corpus.item_lengths[i]]
+  piece = lambda start, length: corpus.bank[start:start + length]
+  chosen = np.concatenate([row for layout in batches.layouts for row in layout.rows])
+  assert len(chosen) == len(found.users_ND) == 50 and len(set(chosen.tolist())) == 50
+  for number in (0, 7, 49):
+    excerpt = chosen[number]
+    user = batches.excerpts.users[excerpt]
+    events = corpus.events[batches.excerpts.starts[excerpt]:batches.excerpts.stops[excerpt]]
+    prompts = [piece(*(corpus.next_prompt if i else corpus.opener)) for i in range(len(events))]
+    history = np.concatenate([part for prompt, event in zip(prompts, events, strict=True) for part in (prompt, item(event))])
+    history = history[:len(history) - len(item(events[-1]))]
+    np.testing.assert_allclose(found.users_ND[number], read_alone(model, params, history).mean(0), atol=2e-5)
+    assert found.targets_N[number] == corpus.text_ids[events[-1]] and found.sources_N[number] == corpus.user_sources[user]
+  for text in (1, 5, len(found.texts_TD) - 1):
+    expected = read_alone(model, params, item(corpus.text_items[text])).mean(0)
+    np.testing.assert_allclose(found.texts_TD[text], expected, atol=2e-5)
+  assert {source: items.sum() for source, items in found.items_T.items()} == {0: 16, 1: 16}
+
+
+def test_dense_metrics_are_those_of_ranking_all_items_of_ones_own_data_set(embedded):
+  found, _, _, batches = embedded
+  cosine = lambda a, b: float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+  gains = []
+  for user, target, source in zip(found.users_ND, found.targets_N, found.sources_N, strict=True):
+    texts = batches.corpus.text_ids[batches.corpus.item_sources == source]
+    scores = {text: cosine(user, found.texts_TD[text]) for text in set(texts.tolist())}
+    better = sum(scores[text] > scores[target] for text in texts.tolist())
+    tied = sum(text == target for text in texts.tolist())
+    ranks = range(better + 1, better + tied + 1)
+    gains.append((np.mean([rank <= 10 for rank in ranks]), np.mean([(rank <= 10) / np.log2(rank + 1) for rank in ranks])))
+  recall, ndcg = np.mean(gains, axis=0)
+  assert dense_metrics(found) == pytest.approx({'recall@10': recall, 'ndcg@10': ndcg}, abs=1e-9)
+
+
+def test_items_with_one_text_are_tied_and_others_do_not_count():
+  users = np.asarray([[1.0, 0.0], [0.0, 2.0]] * 300, np.float32)
+  texts = np.asarray([[9, 9], [1, 0], [1, 1], [0, 1], [1, 0.1]], np.float32)
+  better, tied = better_and_tied(users, texts, np.asarray([0, 2, 3, 1, 0]), np.asarray([2, 1] * 300))
+  assert better.tolist() == [2, 4] * 300 and tied.tolist() == [2, 1] * 300
