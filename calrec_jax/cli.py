@@ -53,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f'calrec: error: {error.filename or "the disk"}: no space is left; make room, and run the same command again.',
           file=sys.stderr)
     return 2
+  except RuntimeError as error:
+    from calrec_jax.training import preemption
+    if not preemption.is_lost_peer(error):
+      raise
+    print(f'calrec: error: another process of this run is gone ({str(error).splitlines()[0][:120]}); start all of them again: '
+          'the same command goes on from the newest checkpoint.', file=sys.stderr, flush=True)
+    os._exit(preemption.PREEMPTED)  # an ordinary exit would wait for that process
   except KeyboardInterrupt:
     print('calrec: interrupted.', file=sys.stderr)
     return 130
@@ -152,8 +159,8 @@ def _configured(verb: str) -> Callable[[argparse.Namespace], Any]:
     if not options.gin_file:
       raise UserError(f'`calrec {verb}` needs --gin_file; see `calrec {verb} --help`.')
     if os.environ.get('CALREC_DISTRIBUTED') == '1':  # one of several workers, each with some of the devices
-      import jax
-      jax.distributed.initialize()
+      from calrec_jax.training import preemption
+      preemption.join_processes()
     _import_tensorflow()
     from calrec_jax import configurables
     configurables.parse(options.gin_file, options.gin_search_paths.split(',') if options.gin_search_paths else [],

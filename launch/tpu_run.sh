@@ -22,8 +22,9 @@
 #   --delete           deletes the VM when the command has ended well
 #   --dry_run          prints every gcloud command, runs none
 #
-# Exit code: the command's own. 75 from the command means "interrupted and saved": it is started again. 1: gcloud or
-# the installation failed, 2: wrong usage, 3: too many restarts. Signing in is gcloud's affair (gcloud auth login); no secret is read or stored here.
+# Exit code: the command's own. 75 from the command means "interrupted, goes on from the newest checkpoint", as does its
+# death by a signal: it is started again on all workers. 1: gcloud or the installation failed, 2: wrong usage, 3: too many
+# restarts. Signing in is gcloud's affair (gcloud auth login); no secret is read or stored here.
 # With several workers, gcloud's ssh key must be loaded: ssh-add ~/.ssh/google_compute_engine
 #
 # Example: stage I on a spot v5e-8
@@ -165,6 +166,11 @@ follow_script='cd ~/calrec_run && { tail -n +1 -F log & tail=$!; flock lock true
 # shellcheck disable=SC2016
 outcome_script='cd ~/calrec_run 2>/dev/null || { echo none; exit; }
 if flock -n lock true; then cat exit 2>/dev/null || echo none; else echo running; fi'
+# The same of every worker, with its name.
+# shellcheck disable=SC2016
+outcomes_script='echo "$(hostname) $(
+'"$outcome_script"'
+)"'
 
 install() {
   say 'this checkout, with the tpu extra, on all workers'
@@ -184,6 +190,23 @@ bring_up() {
 
 # What became of the command: its exit code, `running`, `none` (not started, or killed), or `lost` (no answer).
 outcome() { remote 0 "$outcome_script" 2>/dev/null || echo lost; }
+
+# Why worker 0 was interrupted, where another worker's process failed or died first: that one's exit code, after a line
+# about it. JAX ends the others within a minute, by a signal (134).
+blame() {
+  local worker code answers
+  answers=$(remote all "$outcomes_script" 2>/dev/null) || return 0
+  while read -r worker code; do
+    if [[ ! $code =~ ^[0-9]+$ ]] || ((code == 0 || code == 75 || code == 134)); then continue; fi
+    if ((code > 128)); then
+      say "on worker $worker the process died of signal $((code - 128)); the others end too"
+    else
+      say "on worker $worker the process failed with exit code $code; see its ~/calrec_run/log"
+      echo "$code"
+      return
+    fi
+  done <<<"$answers"
+}
 
 if $dry_run; then
   bring_up
@@ -220,7 +243,10 @@ for ((restarts = 0; ; restarts++)); do
   ended=$(outcome)
   case $ended in
     0) break ;;
-    75) say 'interrupted; its checkpoint is saved' ;;
+    75 | 1[3-9][0-9] | 129)  # by SIGTERM, by a signal, or since another worker's process was
+      say "interrupted (exit code $ended); its newest checkpoint is kept"
+      cause=$(blame)
+      if [[ -n $cause ]]; then exit "$cause"; fi ;;
     running | lost | none) say "the command is: $ended" ;;
     *)
       say "the command failed with exit code $ended"

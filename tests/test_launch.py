@@ -144,6 +144,24 @@ def test_interrupted_and_saved_is_started_again_on_the_same_vm(cloud):
   assert cloud.verbs.count('create') == 1 and len(cloud.runs) == 2
 
 
+def test_a_process_that_was_killed_is_started_again_and_named(cloud):
+  cloud.play({'code': 137}, {'code': 134}, {'code': 0})
+  done = cloud.run()
+  assert (done.returncode, len(cloud.runs)) == (0, 3), done.stderr
+  assert re.search(r'on worker \S+ the process died of signal 9; the others end too', done.stderr)
+
+
+def test_the_failure_of_another_worker_ends_the_run_with_its_code(cloud):
+  """The fake workers share one home: another's outcome is acted by what `--worker all` is answered."""
+  gcloud = cloud.folder / 'bin/gcloud'
+  gcloud.write_text(gcloud.read_text().replace(
+      "elif verb == 'ssh':\n", "elif verb == 'ssh':\n  if 'hostname' in sys.argv[-1]: print('w0 75\\nw1 7'); sys.exit(0)\n"))
+  cloud.play({'code': 75}, {'code': 0})
+  done = cloud.run()
+  assert (done.returncode, len(cloud.runs)) == (7, 1), done.stderr
+  assert 'on worker w1 the process failed with exit code 7; see its ~/calrec_run/log' in done.stderr
+
+
 def test_a_failure_of_the_command_is_not_retried_and_its_code_is_kept(cloud):
   cloud.play({'code': 7})
   done = cloud.run()
@@ -288,13 +306,13 @@ def test_without_a_python_the_installation_says_so(tmp_path):
   assert not (tmp_path / 'venv').exists()
 
 
-@pytest.mark.parametrize('script', ['demo.sh', 'test.sh', 'tpu_run.sh'])
+@pytest.mark.parametrize('script', ['demo.sh', 'test.sh', 'tpu_run.sh', 'local_run.sh'])
 def test_help_tells_the_options(script):
   done = subprocess.run([ROOT / 'launch' / script, '--help'], capture_output=True, text=True, check=True)
   text = (ROOT / 'launch' / script).read_text()
   cases = re.findall(r'^\s+(-[^()$"]+)\)', text, re.MULTILINE)  # the patterns of the option loop
   options = {word.split('=')[0] for case in cases for word in case.split(' | ')} - {'--help', '-h', '--'}
-  assert len(options) == {'demo.sh': 2, 'test.sh': 0, 'tpu_run.sh': 12}[script]
+  assert len(options) == {'demo.sh': 2, 'test.sh': 0, 'tpu_run.sh': 12, 'local_run.sh': 3}[script]
   assert [option for option in sorted(options) if option not in done.stdout] == []
   assert f'launch/{script}' in done.stdout and '#!' not in done.stdout
 
