@@ -7,7 +7,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from calrec_jax.errors import UserError
 from calrec_jax.models.decoder_config import DecoderConfig
 
 FOLDER = 'checkpoints'
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in TensorStore's messages
 BEST = 'best'  # after a run's folder: its best step
 VOCABULARY_FILE = 'vocabulary.json'
 
@@ -65,7 +68,7 @@ class Checkpoints:
   """
 
   def __init__(self, model_dir: str | pathlib.Path, *, keep: int = 3, best_step: int | None = None):
-    self._keep, self._best_step = keep, best_step
+    self._model_dir, self._keep, self._best_step = model_dir, keep, best_step
     options = ocp.CheckpointManagerOptions(preservation_policy=self, enable_async_checkpointing=True,
                                            cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(pathlib.Path(model_dir).absolute() / FOLDER, options=options,
@@ -80,23 +83,50 @@ class Checkpoints:
     """Begins to write a step; returns before it is on disk. `best_step` is the best one so far."""
     self.wait()  # the step before is whole, and the best one before it not yet gone
     self._best_step = best_step
-    self._manager.save(step, force=True, args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest), description=ocp.args.JsonSave(description)))
+    with self._told():
+      self._manager.save(step, force=True, args=ocp.args.Composite(
+          params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest), description=ocp.args.JsonSave(description)))
 
   def wait(self) -> None:
     """Returns when all that was begun is on disk."""
-    self._manager.wait_until_finished()
+    with self._told():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _told(self) -> Iterator[None]:
+    """A full disk, or another refusal of the operating system, becomes a UserError: Orbax's error of a write begun earlier."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      code = error.errno if isinstance(error, OSError) else _OS_ERROR.search(str(error))
+      if code is None:
+        raise
+      reason = os.strerror(code if isinstance(code, int) else int(code[1]))
+      whole = newest_step(self._model_dir)
+      goes_on = 'nothing was saved before' if whole is None else f'step {whole} is whole, and the run goes on from it'
+      raise UserError(f'{self._model_dir}: a checkpoint cannot be written ({reason}); {goes_on}: make room or mend the place, '
+                      'and run the same command again.') from error
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *_: object) -> None:
-    self.wait()
-    self._manager.close()
+    with self._told():
+      try:
+        self._manager.wait_until_finished()
+      finally:
+        self._manager.close()
 
 
 def _first_line(error: Exception) -> str:
   return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _earlier(model_dir: pathlib.Path, step: int) -> str:
+  """What to do about a step that is damaged."""
+  folder = model_dir / FOLDER
+  before = [int(path.name) for path in folder.iterdir() if path.name.isdigit() and int(path.name) < step]
+  return f'remove {folder / str(step)} to ' + (f'use step {max(before)}' if before else 'begin anew: there is no earlier one')
 
 
 def newest_step(model_dir: str | pathlib.Path) -> int | None:
@@ -128,8 +158,7 @@ def find(path: str | pathlib.Path) -> Found:
   try:
     return Found(model_dir, step, json.loads(description.read_text()))
   except (OSError, ValueError) as error:
-    raise UserError(f'{description}: the checkpoint is damaged ({_first_line(error)}); remove this step to use an earlier '
-                    'one.') from error
+    raise UserError(f'{description}: the checkpoint is damaged ({_first_line(error)}); {_earlier(model_dir, step)}.') from error
 
 
 @contextlib.contextmanager
@@ -139,8 +168,8 @@ def _reading(found: Found) -> Iterator[ocp.StandardCheckpointer]:
     with ocp.StandardCheckpointer() as checkpointer:
       yield checkpointer
   except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
-    raise UserError(f'{found.folder}: the checkpoint cannot be read ({_first_line(error)}); remove this step to use an earlier '
-                    'one.') from error
+    raise UserError(f'{found.folder}: the checkpoint cannot be read ({_first_line(error)}); '
+                    f'{_earlier(found.model_dir, found.step)}.') from error
 
 
 def load(found: Found, **items: Any) -> dict[str, Any]:

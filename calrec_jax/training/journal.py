@@ -53,6 +53,7 @@ class Journal:
     values = self.meter.read()
     self._writer.write_scalars(done, {f'train/{name}': value for name, value in values.items()}
                                | {'train/learning_rate': float(self._rate(done - 1))})
+    self._writer.flush()  # a checkpoint may follow, and a run that goes on from there does not write this again
     line = progress_line(values, self._train_steps - done)
     if self._bar.disable:
       logging.info('step %d of %d: %s', done, self._train_steps, line)
@@ -62,6 +63,7 @@ class Journal:
   def validated(self, done: int, values: dict[str, float]) -> None:
     """An evaluation was made; its time counts in no rate."""
     self._writer.write_scalars(done, {f'validation/{name}': value for name, value in values.items()})
+    self._writer.flush()
     logging.info('step %d: validation %s', done, ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     self.meter.restart()
 

@@ -36,7 +36,7 @@ class Schedule:
   Attributes:
     log_every: a line of metrics.
     eval_every: validation; 0: only at the end.
-    eval_histories: of the validation split, so many, evenly spread; None: all.
+    eval_histories: of the validation split, so many, evenly spread; None: all; 0: no validation.
     save_every: a checkpoint; the last step is saved always.
     keep: newest checkpoints that are kept, and the best one beside them.
     best_metric: by which a step is the best: `ndcg@10` or `recall@10` of dense retrieval, or a loss of the validation,
@@ -56,7 +56,7 @@ class Schedule:
 
   def __post_init__(self):
     for name, least in (('log_every', 1), ('eval_every', 0), ('save_every', 1), ('keep', 1), ('patience', 1),
-                        ('eval_histories', 1), ('profile_steps', 0)):
+                        ('eval_histories', 0), ('profile_steps', 0)):
       value = getattr(self, name)
       if value is not None and value < least:
         raise UserError(f'schedule.{name} = {value}: give at least {least}.')
