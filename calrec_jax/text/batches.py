@@ -8,6 +8,7 @@ are dealt to steps so that every step has about the same number of target texts,
 
 import dataclasses
 import functools
+import heapq
 import logging
 import math
 
@@ -170,13 +171,27 @@ class BatchPlan:
                            for stream, share in zip(self.streams, shares, strict=True)])
 
   def _deal(self, rows: list[np.ndarray], B: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
-    """Deals rows to steps: one from each of B strata of like numbers of target tokens. Rows past the window's are left out."""
+    """Deals B rows to each step: the row with most tokens to be read alone goes to the step that has fewest of them so far.
+
+    Rows past the window's are left out; where there are too few, the last ones are empty.
+    """
     n_steps = self.options.window_steps
     rows = rows[:n_steps * B]
     rows = rows + [np.zeros(0, np.int64)] * (n_steps * B - len(rows))
-    weight = np.asarray([self.excerpts.losses[row].sum() for row in rows])
-    strata = rng.permuted(np.lexsort((rng.random(len(rows)), weight)).reshape(B, n_steps), axis=1)
-    return [[rows[row] for row in rng.permutation(strata[:, step])] for step in range(n_steps)]
+    texts = [np.unique(target_texts(self.corpus, self.excerpts, row)) for row in rows]
+    weight = np.asarray([_text_lengths(self.corpus, text).sum() for text in texts])
+    dealt: list[list[np.ndarray]] = [[] for _ in range(n_steps)]
+    seen = np.zeros((n_steps, len(self.corpus.text_items)), bool)  # a text is read once a step
+    lightest = [(0, tie, step) for step, tie in enumerate(rng.permutation(n_steps).tolist())]
+    heapq.heapify(lightest)
+    for row in np.lexsort((rng.random(len(rows)), -weight)).tolist():
+      total, tie, step = heapq.heappop(lightest)
+      new = texts[row][~seen[step, texts[row]]]
+      seen[step, new] = True
+      dealt[step].append(rows[row])
+      if len(dealt[step]) < B:
+        heapq.heappush(lightest, (total + int(_text_lengths(self.corpus, new).sum()), tie, step))
+    return [[step[row] for row in rng.permutation(B)] for step in dealt]
 
   def _plan_window(self, window: int) -> tuple[list[BatchLayout], int]:
     """The layouts of the window's steps, and how many excerpts did not fit (0, or a warning)."""
