@@ -117,8 +117,13 @@ def _reading(model: TwoTower, method: Callable, mesh: Mesh, param_shardings: Any
                           out_shardings=NamedSharding(mesh, P())), mesh)
 
 
-def _on_mesh(function: Callable, mesh: Mesh) -> Callable:
-  def call(*args: Any) -> Any:
-    with partitioning.on_mesh(mesh):
-      return function(*args)
-  return call
+def _on_mesh(function: Any, mesh: Mesh) -> Callable:
+  """A jitted function, with the mesh that its constraints name; `lower` too."""
+  def within(call: Callable) -> Callable:
+    def on_it(*args: Any) -> Any:
+      with partitioning.on_mesh(mesh):
+        return call(*args)
+    return on_it
+  called = within(function)
+  called.lower = within(function.lower)
+  return called

@@ -1,0 +1,209 @@
+"""Training speed: targets (spans) a second, against a plain and a strong CALRec in PyTorch (`torch_peer.py`).
+
+Same shape, same random weights, same optimizer, same histories, rows of 512 tokens, float32, on this machine's CPU. First the
+losses of both sides on the same spans: where they differ by more than 1e-3 nothing counts. Then the ladder, rung by rung, the
+useful operations a second over the fastest float32 product of two 2048 x 2048 matrices, the time to compile, and that to the
+first step. The last line is JSON; `ratio` is `targets = all` over the plain peer with one example a prefix.
+
+  python benchmarks/train_speed.py --data_dir DATA --name scientific2018 --vocabulary vocabulary.json [--quick]
+
+--quick: 6 layers in place of 30 (minutes in place of an hour). `pip install torch transformers` first.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch_peer
+
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder_config import DecoderConfig
+from calrec_jax.models.flops import training_flops
+from calrec_jax.models.losses import Objective
+from calrec_jax.models.two_tower import TwoTower
+from calrec_jax.text.batches import BatchPlan, RowOptions
+from calrec_jax.text.corpus import Corpus, excerpts
+from calrec_jax.text.templates import ItemTemplate
+from calrec_jax.text.vocabularies import load_vocabulary
+from calrec_jax.training.inputs import Inputs
+from calrec_jax.training.optimizer import Optimizer
+from calrec_jax.training.partitioning import MeshShape
+from calrec_jax.training.train_step import make_train_step, new_state
+
+LENGTH = 512
+SMOLLM2 = DecoderConfig(vocab_size=49152, n_layers=30, embed_dim=576, n_heads=9, n_kv_heads=3, head_dim=64, ff_dim=1536,
+                        rope_base=1e5)
+
+
+def product_flops(n: int = 2048, repeats: int = 5) -> dict[str, float]:
+  """Operations a second of one float32 product of two n x n matrices, the best of some."""
+  a, multiply = np.ones((n, n), np.float32), jax.jit(jnp.matmul)
+  ours, theirs = jnp.asarray(a), torch.from_numpy(a)
+  def best(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+      begun = time.perf_counter()
+      call()
+      times.append(time.perf_counter() - begun)
+    return 2 * n**3 / min(times)
+  return {'xla': best(lambda: multiply(ours, ours).block_until_ready()), 'torch': best(lambda: theirs @ theirs)}
+
+
+def prefix_corpus(corpus: Corpus, n_users: int) -> Corpus:
+  """Each prefix of the first users' histories as a history of its own."""
+  sizes, parts, sources = np.diff(corpus.offsets), [], []
+  for user in range(min(n_users, len(sizes))):
+    events = corpus.events[corpus.offsets[user]:corpus.offsets[user + 1]]
+    parts += [events[:stop] for stop in range(2, len(events) + 1)]
+    sources += [corpus.user_sources[user]] * max(len(events) - 1, 0)
+  return dataclasses.replace(corpus, events=np.concatenate(parts), offsets=np.cumsum([0, *map(len, parts)]),
+                             user_ids=[''] * len(parts), user_sources=np.asarray(sources))
+
+
+class Ours:
+  """One way to train: its plan, state and step."""
+
+  def __init__(self, config: DecoderConfig, corpus: Corpus, targets: str, batch_size: int, bos: bool):
+    begun = time.perf_counter()
+    self.config, self.objective = config, Objective()
+    self.plan = BatchPlan(corpus, batch_size=batch_size, length=LENGTH, options=RowOptions(targets=targets), seed=0)
+    self.model, mesh = TwoTower(Decoder(config), self.objective, bos=bos), MeshShape(1).build(jax.devices()[:1])
+    transformation = Optimizer(learning_rate=1e-4).build(1000)
+    self.make_state, shardings = new_state(self.model, transformation, self.plan.shapes, 0, mesh)
+    step = make_train_step(self.model, transformation, mesh, shardings)
+    self.state, self.step, self.done, self.planned = None, step, 0, time.perf_counter() - begun
+
+  def params(self) -> dict:
+    return self.make_state().params['decoder']
+
+  def run(self) -> tuple[float, int, float]:
+    """(seconds, spans, useful operations) of the next step."""
+    self.state = self.make_state() if self.state is None else self.state
+    batch = self.plan.batch(self.done)
+    begun = time.perf_counter()
+    self.state, metrics = self.step(self.state, batch)
+    spans = int(jax.block_until_ready(metrics)['spans'])
+    seconds = time.perf_counter() - begun
+    useful = training_flops(self.config, *self.plan.lengths(self.done))
+    self.done += 1
+    return seconds, spans, useful
+
+  def measure(self, steps: int) -> dict[str, float]:
+    first = self.planned + self.run()[0]
+    seconds, spans, useful = (sum(column) for column in zip(*(self.run() for _ in range(steps)), strict=True))
+    self.state = None
+    return {'spans_per_second': spans / seconds, 'flops': useful / seconds, 'first_step_seconds': first,
+            **{k: v for k, v in self.plan.report.items() if k.endswith('_fill')}}
+
+
+def their_speed(peer: torch_peer.Peer, found: list[torch_peer.Example], size: int, steps: int) -> float:
+  """Spans a second of batches of a size, after one that is not timed."""
+  order = np.random.default_rng(0).permutation(len(found))
+  batches = [[found[i] for i in order[start:start + size]] for start in range(0, (steps + 1) * size, size)]
+  peer.step(batches[0])
+  begun = time.perf_counter()
+  for batch in batches[1:]:
+    peer.step(batch)
+  return size * steps / (time.perf_counter() - begun)
+
+
+def largest_difference(ours: Ours, params: dict, peers: list[torch_peer.Peer]) -> float:
+  """Of the loss terms of one batch, spans and weights being the same."""
+  layout = ours.plan.layout(0)
+  metrics = ours.model.apply({'params': {'decoder': params}}, ours.plan.batch(0))[1]
+  batch = torch_peer.examples(ours.plan.corpus, ours.plan.excerpts, np.concatenate(layout.rows))
+  assert len(batch) == int(metrics['spans'])
+  found = []
+  for peer in peers:
+    with torch.no_grad():
+      found += [abs(float(term) - float(metrics[name])) for name, term in
+                zip(('nig', 'tt', 'ut'), peer.losses(batch), strict=True)]
+  return max(found)
+
+
+def compile_seconds(config: DecoderConfig, corpus: Corpus, bos: bool) -> float:
+  """Of one step, without the compilation cache."""
+  ours = Ours(config, corpus, 'all', 2, bos)
+  state, batch = jax.eval_shape(ours.make_state), ours.plan.batch(0)
+  jax.clear_caches()
+  begun = time.perf_counter()
+  ours.step.lower(state, batch).compile()
+  return time.perf_counter() - begun
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--data_dir', required=True, help='holds the histories folder')
+  parser.add_argument('--name', required=True, help='of the data set')
+  parser.add_argument('--vocabulary', required=True, help='vocabulary.json of SmolLM2, see `calrec import`')
+  parser.add_argument('--batch_size', type=int, default=8, help='rows of ours')
+  parser.add_argument('--steps', type=int, default=3, help='of each measurement')
+  parser.add_argument('--quick', action='store_true', help='6 layers')
+  options = parser.parse_args()
+  config = dataclasses.replace(SMOLLM2, n_layers=6 if options.quick else 30)
+  vocabulary = load_vocabulary(pathlib.Path(options.vocabulary))
+  inputs = Inputs(data_dir=options.data_dir, mixture_or_task_name=options.name, vocabulary=vocabulary, template=ItemTemplate(),
+                  task_feature_lengths={'inputs': LENGTH - 64, 'targets': 64})
+  corpus, bos = inputs.corpus(inputs.load(), 'train'), vocabulary.bos_id is not None
+  peaks = product_flops()
+  peak = max(peaks.values())
+  print(f'product of 2048 x 2048: XLA {peaks["xla"] / 1e9:.0f}, torch {peaks["torch"] / 1e9:.0f} GFLOP/s', flush=True)
+
+  ours = Ours(config, corpus, 'all', options.batch_size, bos)
+  params = ours.params()
+  plain, strong = (torch_peer.Peer(config, params, ours.objective, vocabulary.eos_id, strong) for strong in (False, True))
+  small = Ours(config, corpus, 'all', 2, bos)
+  difference = largest_difference(small, params, [plain, strong])
+  print(f'losses differ by at most {difference:.1e}', flush=True)
+  assert difference < 1e-3, 'the two sides do not compute the same losses: no ratio counts'
+
+  def told(name: str, value: float) -> float:
+    print(f'{name:<72} {value:8.2f} spans/s', flush=True)
+    return value
+  speed, details = {}, {}
+  sample = np.random.default_rng(1)
+  for targets in ('last', 'all'):
+    cut = excerpts(corpus, length=LENGTH, targets=targets, context_items=4)
+    found = torch_peer.examples(corpus, cut, sample.permutation(len(cut))[:300])
+    sizes = (8,) if options.quick else (4, 8, 16, 32)
+    speed[f'plain, {targets}'] = told(
+        f'plain PyTorch, targets = {targets}, one example a prefix',
+        max(their_speed(plain, found, size, max(1, options.steps * 8 // size)) for size in sizes))
+    speed[f'strong, {targets}'] = told(
+        f'strong PyTorch, targets = {targets}: nothing padded, head at targets',
+        their_speed(strong, found, 8, options.steps))
+  del plain, strong
+  prefixes = Ours(config, prefix_corpus(corpus, 2000), 'last', options.batch_size, bos)
+  speed['prefixes'] = told('ours, every prefix an example: compiled, packed, head at targets',
+                           prefixes.measure(options.steps)['spans_per_second'])
+  for targets in ('last', 'all'):
+    run = ours if targets == 'all' else Ours(config, corpus, 'last', options.batch_size, bos)
+    details[targets] = run.measure(options.steps)
+    speed[f'ours, {targets}'] = told(f'ours, targets = {targets}' + ': all prefixes in one pass' * (targets == 'all'),
+                                     details[targets]['spans_per_second'])
+    print(f'  useful operations: {details[targets]["flops"] / 1e9:.0f} GFLOP/s, {details[targets]["flops"] / peak:.1%} of the '
+          f'product; plan, compile and first step {details[targets]["first_step_seconds"]:.1f} s; joint '
+          f'{details[targets]["joint_fill"]:.1%}, alone {details[targets]["alone_fill"]:.1%} tokens', flush=True)
+  compiled = {layers: compile_seconds(dataclasses.replace(config, n_layers=layers), corpus, bos) for layers in (6, 30)}
+  print(f'compile: {compiled[6]:.1f} s for 6 layers, {compiled[30]:.1f} s for 30', flush=True)
+  print(json.dumps({
+      'name': 'train_speed', 'peer': 'plain PyTorch with transformers', 'layers': config.n_layers,
+      'ratio': round(speed['ours, all'] / speed['plain, all'], 2),
+      'last_over_plain': round(speed['ours, last'] / speed['plain, last'], 2),
+      'all_over_strong': round(speed['ours, all'] / speed['strong, all'], 2),
+      'useful_share_of_peak': round(details['all']['flops'] / peak, 3), 'losses_differ_by': difference,
+      'compile_30_over_6': round(compiled[30] / compiled[6], 2),
+      'first_step_seconds': round(details['all']['first_step_seconds'], 1),
+      'spans_per_second': {name: round(value, 3) for name, value in speed.items()}}))
+
+
+if __name__ == '__main__':
+  main()
