@@ -102,6 +102,6 @@ def global_batch(build: Callable[[slice], dict[str, np.ndarray]], batch_size: in
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-  """Inside, modules' logical constraints hold on this mesh."""
-  with mesh, nn.logical_axis_rules(list(AXIS_RULES.items())):
+  """Inside, modules' logical constraints hold on this mesh. (Under `with mesh:` alone Flax would pass over them in silence.)"""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(list(AXIS_RULES.items())):
     yield

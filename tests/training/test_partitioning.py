@@ -90,11 +90,10 @@ def _per_shard(function, n_sharded: int):
   def call(*arrays, **options):
     if len(arrays[0]) % 8:  # while parameters are drawn, on one small row
       return function(*arrays, **options)
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ('data',))
     def own(*arrays):
       value = function(*arrays, **options)
       return value if n_sharded else jax.lax.pmean(value, 'data')
-    return jax.shard_map(own, mesh=mesh, in_specs=P('data'), out_specs=P('data') if n_sharded else P())(*arrays)
+    return jax.shard_map(own, in_specs=P('data'), out_specs=P('data') if n_sharded else P())(*arrays)
   return call
 
 

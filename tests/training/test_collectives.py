@@ -1,0 +1,92 @@
+"""What crosses devices in a training step: read from the compiled program."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from calrec_jax.models import losses
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.two_tower import TwoTower
+from calrec_jax.text.batches import BatchPlan, RowOptions
+from calrec_jax.training import partitioning
+from calrec_jax.training.collectives import collectives
+from calrec_jax.training.partitioning import MeshShape
+from calrec_jax.training.train_step import make_train_step, new_state
+from calrec_jax.training.trainer import with_vocabulary
+
+
+def step_collectives(store, shape):
+  """(collectives of a training step on a mesh, the sizes of its batch, the vocabulary's size)."""
+  inputs = tiny.inputs(store)
+  mesh, decoder = MeshShape(*shape).build(), with_vocabulary(tiny.DECODER, inputs)
+  plan = BatchPlan(inputs.corpus(inputs.load(), 'train'), batch_size=8, length=inputs.length, seed=0,
+                   options=RowOptions(window_steps=4))
+  model, optimizer = TwoTower(Decoder(decoder), tiny.OBJECTIVE), optax.trace(0.0)
+  make_state, shardings = new_state(model, optimizer, plan.shapes, 0, mesh)
+  batch = partitioning.global_batch(functools.partial(plan.batch, 1), 8, partitioning.batch_sharding(mesh))
+  compiled = make_train_step(model, optimizer, mesh, shardings).lower(jax.eval_shape(make_state), batch).compile()
+  return list(collectives(compiled.as_text())), plan.shapes, decoder.vocab_size
+
+
+def holds_logits(found, shapes, vocab_size) -> list:
+  """Those that leave a device with scores of all the vocabulary for its share of the target tokens, or more."""
+  tokens = shapes.B * shapes.Q
+  return [one for one in found for _, shape in one.shapes if vocab_size in shape and np.prod(shape) >= tokens // 8 * vocab_size]
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_no_device_ever_holds_all_logits_of_a_token(tiny_store, shape):
+  found, shapes, vocab_size = step_collectives(tiny_store, shape)
+  assert found and holds_logits(found, shapes, vocab_size) == []
+
+
+def test_a_loss_that_gathers_the_logits_is_noticed(tiny_store, monkeypatch):
+  def token_nll(logits, labels):
+    logits = nn.with_logical_constraint(logits, (None, None))
+    return -jax.nn.log_softmax(logits)[np.arange(len(labels)), labels]
+  monkeypatch.setattr(losses, 'token_nll', token_nll)
+  assert holds_logits(*step_collectives(tiny_store, (1, 2, 4)))
+
+
+def test_across_data_parallel_devices_go_gradients_and_embeddings_alone(tiny_store):
+  found, shapes, _ = step_collectives(tiny_store, (8, 1, 1))
+  slots, spans = shapes.B * shapes.S, shapes.B * shapes.E
+  width = tiny.DECODER.embed_dim
+  gathered = [one for one in found if one.kind == 'all-gather']
+  # The texts' embeddings for the spans, and the spans' for the contrast, once each, with some ids: O(global spans x D).
+  assert gathered and sum(one.bytes for one in gathered) <= 4 * (slots * width + spans * (width + 8))
+
+
+def test_with_fsdp_the_weights_are_gathered_and_activations_stay(tiny_store):
+  found, shapes, _ = step_collectives(tiny_store, (1, 8, 1))
+  in_layers = [one for one in found if one.kind == 'all-gather' and '/layers/' in one.source]
+  c = tiny.DECODER
+  sizes = {c.embed_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.ff_dim}
+  assert in_layers and all(set(shape) <= sizes for one in in_layers for _, shape in one.shapes)
+  rows = {shapes.B * shapes.L, shapes.B * shapes.M}
+  assert not any(rows & set(shape) for one in found for _, shape in one.shapes)
+
+
+def test_constraints_that_are_passed_over_are_noticed(tiny_store, monkeypatch):
+  monkeypatch.setattr(nn, 'with_logical_constraint', lambda x, names: x)
+  with pytest.raises(AssertionError):
+    test_with_fsdp_the_weights_are_gathered_and_activations_stay(tiny_store)
+
+
+def test_a_line_of_a_program_is_read():
+  text = '''
+  %a = f32[8,16]{1,0} all-gather(%x), channel_id=1, metadata={op_name="jit(step)/gather"}
+  %b = (f32[4]{0}, bf16[2,3]{1,0}) all-reduce(%y, %z), to_apply=%add
+  %c = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), dimensions={0}
+  %d = f32[8]{0} all-gather-done(%c)
+  %e = f32[8]{0} add(%c, %d)
+'''
+  first, second, third = collectives(text)
+  assert (first.kind, first.bytes, first.source) == ('all-gather', 512, 'jit(step)/gather')
+  assert (second.kind, second.bytes) == ('all-reduce', 28)
+  assert third.shapes == (('f32', (8,)),)
