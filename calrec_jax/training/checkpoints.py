@@ -126,7 +126,7 @@ def _earlier(model_dir: pathlib.Path, step: int) -> str:
   """What to do about a step that is damaged."""
   folder = model_dir / FOLDER
   before = [int(path.name) for path in folder.iterdir() if path.name.isdigit() and int(path.name) < step]
-  return f'remove {folder / str(step)} to ' + (f'use step {max(before)}' if before else 'begin anew: there is no earlier one')
+  return 'remove this step to ' + (f'use step {max(before)}' if before else 'begin anew: there is no earlier one')
 
 
 def newest_step(model_dir: str | pathlib.Path) -> int | None:

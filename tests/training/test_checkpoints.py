@@ -133,9 +133,9 @@ def lose_arrays(step: pathlib.Path) -> None:
 def test_a_damaged_checkpoint_is_named(tiny_store, copy, tmp_path, damage):
   step = copy / 'checkpoints' / '2'
   damage(step)
-  with pytest.raises(UserError, match=f'remove {step} to use step 1') as raised:
+  with pytest.raises(UserError, match='remove this step to use step 1') as raised:
     stage2(tiny_store, tmp_path / 'out', copy)
-  assert '\n' not in str(raised.value)
+  assert str(step) in str(raised.value) and '\n' not in str(raised.value)
   assert not (tmp_path / 'out').exists()
   # What the message says helps.
   shutil.rmtree(step)
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_named(tiny_store, copy, tmp_path, damage):
 
 def test_a_run_with_a_damaged_checkpoint_does_not_start_anew(tiny_store, copy):
   cut_arrays(copy / 'checkpoints' / '2')
-  with pytest.raises(UserError, match='remove .*/checkpoints/2 to use step 1'):
+  with pytest.raises(UserError, match='checkpoints/2.*remove this step to use step 1'):
     tiny.train(tiny_store, copy, train_steps=4, allow_changes=True)
 
 
@@ -254,7 +254,7 @@ def test_a_damaged_step_is_named_with_the_one_before_it(tiny_store, copy):
   for path in (copy / 'checkpoints' / '2' / 'params').rglob('*'):
     if path.is_file():
       path.unlink()
-  with pytest.raises(UserError, match=r'checkpoints/2: the checkpoint cannot be read .* remove .*/checkpoints/2 to use step 1'):
+  with pytest.raises(UserError, match=r'checkpoints/2: the checkpoint cannot be read .* remove this step to use step 1'):
     tiny.train(tiny_store, copy, train_steps=2)
   shutil.rmtree(copy / 'checkpoints' / '2')
   tiny.train(tiny_store, copy, train_steps=2)
