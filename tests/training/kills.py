@@ -25,6 +25,8 @@ CHILD = '''
 import dataclasses, os, pathlib, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import conftest, tiny
+import jax
+jax.config.update('jax_enable_compilation_cache', False)  # what is killed while it writes an entry spoils it for all others
 from calrec_jax.training import trainer
 from calrec_jax.training.optimizer import Optimizer
 prefetched = trainer._prefetched

@@ -30,7 +30,9 @@ class Launched:
     with open(log, 'w') as out:
       self.process = subprocess.Popen(
           [ROOT / 'launch/local_run.sh', '--processes', str(processes), '--devices', str(8 // processes), '--', *arguments],
-          stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(os.environ, JAX_DEFAULT_MATMUL_PRECISION='highest'))
+          stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+          # Without the compilation cache: what is killed while it writes an entry spoils it for all others.
+          env=dict(os.environ, JAX_DEFAULT_MATMUL_PRECISION='highest', JAX_ENABLE_COMPILATION_CACHE='false'))
 
   def child(self, number: int) -> int:
     """The process id of one of its processes."""
