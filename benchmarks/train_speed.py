@@ -17,12 +17,14 @@ import pathlib
 import time
 from collections.abc import Callable
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_peer
 
+from calrec_jax import configurables
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.flops import training_flops
@@ -38,8 +40,7 @@ from calrec_jax.training.partitioning import MeshShape
 from calrec_jax.training.train_step import make_train_step, new_state
 
 LENGTH = 512
-SMOLLM2 = DecoderConfig(vocab_size=49152, n_layers=30, embed_dim=576, n_heads=9, n_kv_heads=3, head_dim=64, ff_dim=1536,
-                        rope_base=1e5)
+SHAPE = 'gin/models/smollm2_135m.gin'
 
 
 def product_flops(n: int = 2048, repeats: int = 5) -> dict[str, float]:
@@ -148,7 +149,10 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=3, help='of each measurement')
   parser.add_argument('--quick', action='store_true', help='6 layers')
   options = parser.parse_args()
-  config = dataclasses.replace(SMOLLM2, n_layers=6 if options.quick else 30)
+  configurables.parse([SHAPE], [], [])
+  config = gin.get_configurable('calrec.decoder')()
+  if options.quick:
+    config = dataclasses.replace(config, n_layers=6)
   vocabulary = load_vocabulary(pathlib.Path(options.vocabulary))
   inputs = Inputs(data_dir=options.data_dir, mixture_or_task_name=options.name, vocabulary=vocabulary, template=ItemTemplate(),
                   task_feature_lengths={'inputs': LENGTH - 64, 'targets': 64})

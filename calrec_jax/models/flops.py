@@ -16,10 +16,10 @@ def training_flops(decoder: DecoderConfig, lengths: np.ndarray, target_tokens: i
   lengths = np.asarray(lengths, np.float64)
   heads, kv_heads = decoder.n_heads * decoder.head_dim, decoder.n_kv_heads * decoder.head_dim
   weights = decoder.embed_dim * (2 * heads + 2 * kv_heads + 3 * decoder.ff_dim)
-  seen = 0.0  # pairs of a query and a key that it sees: a triangle, less the one beyond the window
-  for local in decoder.local_layers:
-    beyond = np.maximum(lengths - decoder.window, 0) if local else np.zeros(1)
-    seen += np.sum(lengths * (lengths + 1) / 2) - np.sum(beyond * (beyond + 1) / 2)
+  triangle = lambda n: np.sum(n * (n + 1) / 2)
+  seen = decoder.n_layers * triangle(lengths)  # pairs of a query and a key that it sees
+  if n_local := sum(decoder.local_layers):
+    seen -= n_local * triangle(np.maximum(lengths - decoder.window, 0))
   forward = 2 * decoder.n_layers * weights * lengths.sum() + 4 * heads * seen
   return 3 * (forward + 2 * decoder.embed_dim * decoder.vocab_size * target_tokens)
 

@@ -79,6 +79,11 @@ def contrast_logits(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Arr
   return jnp.where(excluded_EE & ~one_EE, -jnp.inf, cosine_EE / objective.temperature)
 
 
+def _own(x_EE: jax.Array) -> jax.Array:
+  """The diagonal, as sums over rows: with rows over several devices, `jnp.diagonal` would send ids and values across them."""
+  return jnp.sum(jnp.where(jnp.eye(len(x_EE), dtype=bool), x_EE, 0.0), axis=1)
+
+
 def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
              objective: Objective) -> jax.Array:
   """InfoNCE of each span's context with its target, against the other spans': float32 [E], nats a span.
@@ -86,10 +91,8 @@ def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, his
   Arguments are those of `contrast_logits`; an empty slot costs nothing.
   """
   logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=objective)
-  # Each row's own entry by a sum: with rows over several devices, a diagonal would cross them.
-  own = lambda x_EE: jnp.sum(jnp.where(jnp.eye(len(text_E), dtype=bool), x_EE, 0.0), axis=1)
-  to_target_E = -own(jax.nn.log_softmax(logits_EE, axis=1))
-  to_context_E = -own(jax.nn.log_softmax(logits_EE, axis=0))
+  to_target_E = -_own(jax.nn.log_softmax(logits_EE, axis=1))
+  to_context_E = -_own(jax.nn.log_softmax(logits_EE, axis=0))
   return {'context_to_target': to_target_E, 'target_to_context': to_context_E,
           'symmetric': (to_target_E + to_context_E) / 2}[objective.direction]
 
@@ -98,9 +101,8 @@ def own_is_nearest(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Arra
                    objective: Objective) -> jax.Array:
   """Whether a context is nearer to its own target than to all of its negatives: bool [E]; a tie is a miss."""
   logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=objective)
-  one_EE = jnp.eye(len(text_E), dtype=bool)
-  own_E = jnp.sum(jnp.where(one_EE, logits_EE, 0.0), axis=1)
-  return own_E > jnp.max(jnp.where(one_EE, -jnp.inf, logits_EE), axis=1)
+  others_EE = jnp.where(jnp.eye(len(text_E), dtype=bool), -jnp.inf, logits_EE)
+  return _own(logits_EE) > jnp.max(others_EE, axis=1)
 
 
 def token_nll(logits_TV: jax.Array, labels_T: jax.Array) -> jax.Array:

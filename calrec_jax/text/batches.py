@@ -54,7 +54,7 @@ def _round_up(n: float, multiple: int = 8) -> int:
 
 def _pack(cut: Excerpts, chosen: np.ndarray, limits: tuple[int, int, int], rng: np.random.Generator | None) -> list[np.ndarray]:
   """Rows of excerpts within (tokens, losses, spans)."""
-  sizes = np.stack([cut.tokens[chosen], cut.losses[chosen], (cut.stops - cut.first_targets)[chosen]], axis=1)
+  sizes = np.stack([cut.tokens[chosen], cut.losses[chosen], cut.n_targets[chosen]], axis=1)
   return [chosen[row] for row in fill_rows(sizes, np.asarray(limits), rng)]
 
 
@@ -137,7 +137,7 @@ class BatchPlan:
     self._window = functools.lru_cache(maxsize=2)(self._plan_window)
     steps = [self.layout(step) for step in range(options.window_steps)]
     self.report = {**corpus.cut, **self.excerpts.cut, 'excerpts': len(self.excerpts),
-                   'targets': int((self.excerpts.stops - self.excerpts.first_targets).sum()),
+                   'targets': int(self.excerpts.n_targets.sum()),
                    'dropped_in_first_window': self._window(0)[1], **_fill(corpus, self.excerpts, steps, self.shapes)}
 
   def _choose_sizes(self, B: int, L: int) -> None:
@@ -146,7 +146,7 @@ class BatchPlan:
     probes = [_pack(self.excerpts, self._draw(w), (L, L, L), np.random.default_rng((self.seed, w))) for w in range(PROBES)]
     rows = [row for probe in probes for row in probe]
     losses = self._limit('loss_positions', 'target tokens (with their ends)', self.excerpts.losses, rows)
-    spans = self._limit('spans_per_row', 'targets', self.excerpts.stops - self.excerpts.first_targets, rows)
+    spans = self._limit('spans_per_row', 'targets', self.excerpts.n_targets, rows)
     self.limits = (L, min(losses, L), spans)
     self.window_tokens = int(self.window_tokens * (1 - SLACK) * o.window_steps * B / max(map(len, probes)))
     dealt = []
@@ -181,16 +181,16 @@ class BatchPlan:
     texts = [np.unique(target_texts(self.corpus, self.excerpts, row)) for row in rows]
     weight = np.asarray([_text_lengths(self.corpus, text).sum() for text in texts])
     dealt: list[list[np.ndarray]] = [[] for _ in range(n_steps)]
-    seen = np.zeros((n_steps, len(self.corpus.text_items)), bool)  # a text is read once a step
+    seen: list[set[int]] = [set() for _ in range(n_steps)]  # a text is read once a step
     lightest = [(0, tie, step) for step, tie in enumerate(rng.permutation(n_steps).tolist())]
     heapq.heapify(lightest)
     for row in np.lexsort((rng.random(len(rows)), -weight)).tolist():
       total, tie, step = heapq.heappop(lightest)
-      new = texts[row][~seen[step, texts[row]]]
-      seen[step, new] = True
+      new = [text for text in texts[row].tolist() if text not in seen[step]]
+      seen[step].update(new)
       dealt[step].append(rows[row])
       if len(dealt[step]) < B:
-        heapq.heappush(lightest, (total + int(_text_lengths(self.corpus, new).sum()), tie, step))
+        heapq.heappush(lightest, (total + int(_text_lengths(self.corpus, np.asarray(new, np.int64)).sum()), tie, step))
     return [[step[row] for row in rng.permutation(B)] for step in dealt]
 
   def _plan_window(self, window: int) -> tuple[list[BatchLayout], int]:
@@ -247,10 +247,9 @@ class OnePass:
     self.excerpts = excerpts(corpus, length=length, targets=options.targets, context_items=options.context_items)
     chosen = _spread_evenly(len(self.excerpts), max_histories)
     rows = _pack(self.excerpts, chosen, (length, length, length), None)
-    rows += [np.zeros(0, np.int64)] * (-len(rows) % B)
-    steps = [rows[i:i + B] for i in range(0, len(rows), B)]
+    steps = _in_steps(rows, B)
     M, S = _alone_size(corpus, steps, self.excerpts, B, None, None)
-    spans = max((int((self.excerpts.stops - self.excerpts.first_targets)[row].sum()) for row in rows), default=1)
+    spans = max((int(self.excerpts.n_targets[row].sum()) for row in rows), default=1)
     losses = max((int(self.excerpts.losses[row].sum()) for row in rows), default=1)
     self.shapes = Shapes(B=B, L=length, M=M, Q=min(length, _round_up(losses)), E=_round_up(spans), S=S)
     self.layouts = []
@@ -268,8 +267,7 @@ class OnePass:
 
   def spans(self, step: int) -> np.ndarray:
     """Where the spans of a batch are in its flattened span table [B · E]; in the order of `targets`."""
-    sizes = self.excerpts.stops - self.excerpts.first_targets
-    return np.concatenate([row * self.shapes.E + np.arange(int(sizes[chosen].sum()))
+    return np.concatenate([row * self.shapes.E + np.arange(int(self.excerpts.n_targets[chosen].sum()))
                            for row, chosen in enumerate(self.layouts[step].rows)])
 
   @property
@@ -281,8 +279,7 @@ class OnePass:
   def sources(self) -> np.ndarray:
     """The data set of every span's history: int64."""
     chosen = self._chosen()
-    sizes = (self.excerpts.stops - self.excerpts.first_targets)[chosen]
-    return np.repeat(self.corpus.user_sources[self.excerpts.users[chosen]], sizes)
+    return np.repeat(self.corpus.user_sources[self.excerpts.users[chosen]], self.excerpts.n_targets[chosen])
 
   def _chosen(self) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *(row for layout in self.layouts for row in layout.rows)])
@@ -294,8 +291,7 @@ class TextPass:
   def __init__(self, corpus: Corpus, texts: np.ndarray, *, batch_size: int, length: int):
     self.corpus = corpus
     rows = _pack_texts(corpus, texts, length, length)
-    rows += [texts[:0]] * (-len(rows) % batch_size)
-    self.rows = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    self.rows = _in_steps(rows, batch_size)
     slots = _round_up(max((len(row) for row in rows), default=1))
     self.shapes = Shapes(B=batch_size, L=0, M=length, Q=0, E=0, S=slots)
 
@@ -310,6 +306,12 @@ class TextPass:
     """(texts, where they are among the flattened slots [B · S]) of a batch."""
     rows = self.rows[step]
     return np.concatenate(rows), np.concatenate([row * self.shapes.S + np.arange(len(texts)) for row, texts in enumerate(rows)])
+
+
+def _in_steps(rows: list[np.ndarray], B: int) -> list[list[np.ndarray]]:
+  """All rows, B a step; the last step is filled with empty ones."""
+  rows = rows + [np.zeros(0, np.int64)] * (-len(rows) % B)
+  return [rows[i:i + B] for i in range(0, len(rows), B)]
 
 
 def _spread_evenly(n: int, most: int | None) -> np.ndarray:

@@ -118,6 +118,11 @@ class Excerpts:
   def __len__(self) -> int:
     return len(self.users)
 
+  @property
+  def n_targets(self) -> np.ndarray:
+    """How many targets each excerpt has."""
+    return self.stops - self.first_targets
+
 
 def excerpts(corpus: Corpus, *, length: int, targets: str, context_items: int) -> Excerpts:
   """Cuts every history to rows of `length` tokens.

@@ -31,10 +31,12 @@ class Meter:
 
   def restart(self) -> None:
     """Begins to count anew; what was added is forgotten."""
-    self._time, self._metrics = time.monotonic(), {}
+    self._time, self._metrics, self._useful = time.monotonic(), {}, 0.0
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     self._metrics[step] = metrics
+    if self._peak:  # counted now, while the plan of the step is at hand
+      self._useful += training_flops(self._decoder, *self._plan.lengths(step))
 
   def check(self) -> None:
     """Waits for the newest step. Raises UserError for the first step with a loss term or gradient that is NaN or infinite."""
@@ -54,15 +56,14 @@ class Meter:
     operations take (see `training_flops`).
     """
     self.check()
-    steps, rows, seconds = list(self._metrics), list(self._metrics.values()), time.monotonic() - self._time
+    rows, seconds = list(self._metrics.values()), time.monotonic() - self._time
     values = {name: float(sum(row[name] for row in rows) / len(rows)) for name in rows[0]}
     for name in ('spans', 'tokens'):
       values[f'{name}_per_second'] = values[name] * len(rows) / seconds
     values['steps_per_second'] = len(rows) / seconds
     values['padding'] = 1 - values['tokens'] / self._plan.shapes.positions
     if self._peak:
-      useful = sum(training_flops(self._decoder, *self._plan.lengths(step)) for step in steps)
-      values['mfu'] = useful / seconds / self._peak
+      values['mfu'] = self._useful / seconds / self._peak
     self.restart()
     return values
 

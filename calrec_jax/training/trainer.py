@@ -108,34 +108,33 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   plan = BatchPlan(inputs.corpus(sources, 'train'), batch_size=batch_size, length=inputs.length, options=rows, seed=seed)
   held_out = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
                      options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)
-  averages = optimizer.average_decay > 0
-  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, 'frozen': sorted(frozen), 'averages': averages,
+  description = {'decoder': decoder.shape(), 'optimizer': optimizer.name, 'frozen': sorted(frozen),
                  'pretrained': resuming.lineage(model_dir, initial_checkpoint), **inputs.description(sources), 'seed': seed,
                  'settings': resuming.settings(
                      train_steps=train_steps, batch_size=batch_size, objective=objective, rows=rows, optimizer=optimizer,
                      dropout=decoder.dropout, param_dtype=decoder.param_dtype),
                  'gin': gin_text(), 'versions': provenance.versions()}
   transformation = optimizer.build(train_steps)
-  make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh, trained, averages)
+  make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh, trained,
+                                    averages=optimizer.average_decay > 0)
   state, best = resuming.restore_or_start(pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, trained,
                                           description, allow_changes, Best(schedule.best_metric))
   train_step = make_train_step(model, transformation, device_mesh, shardings, trained, microbatches, optimizer.average_decay)
   validation = Validation(held_out, model, device_mesh, shardings.params, judge)
   memory = memory_line(state, trained)
-  store = _open_run(model_dir, inputs, schedule.keep, best)
-  if jax.process_index() == 0:
-    provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
-                     shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params),
-                     memory=memory)
-  logging.info('%s', memory)
-  logging.info('%d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.', plan.report['targets'],
-               100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
   meter = Meter(plan, decoder, list(device_mesh.devices.flat))
-  journal = Journal(model_dir, meter, optimizer.rate(train_steps), start=int(state.step), train_steps=train_steps,
-                    profile_steps=schedule.profile_steps)
-  with store, journal:
-    return _loop(state, best, plan, train_step, validation, store=store, journal=journal, mesh=device_mesh, trained=trained,
-                 description=description, schedule=schedule, train_steps=train_steps, model_dir=model_dir)
+  with _open_run(model_dir, inputs, schedule.keep, best) as store:
+    if jax.process_index() == 0:
+      provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
+                       shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params),
+                       memory=memory)
+    logging.info('%s', memory)
+    logging.info('%d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.', plan.report['targets'],
+                 100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])
+    with Journal(model_dir, meter, optimizer.rate(train_steps), start=int(state.step), train_steps=train_steps,
+                 profile_steps=schedule.profile_steps) as journal:
+      return _loop(state, best, plan, train_step, validation, store=store, journal=journal, mesh=device_mesh,
+                   trained=trained, description=description, schedule=schedule, train_steps=train_steps, model_dir=model_dir)
 
 
 def _loop(state: TrainState, best: Best, plan: BatchPlan, train_step: Callable, validation: Validation, *,

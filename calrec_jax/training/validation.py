@@ -1,6 +1,7 @@
 """Validation: loss terms of the held-out targets, and what retrieval of them is judged by."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,12 +49,18 @@ class Validation:
     self._sharding = partitioning.batch_sharding(mesh)
     self._eval_step = make_eval_step(model, mesh, param_shardings)
     self._embed_texts = make_embed_texts(model, mesh, param_shardings)
-    corpus = batches.corpus
-    self._sources = np.unique(batches.sources) if judge else []
-    of_these = np.flatnonzero(np.isin(corpus.item_sources, self._sources))
-    self._texts = TextPass(corpus, np.unique(corpus.text_ids[of_these]), batch_size=batches.shapes.B, length=batches.shapes.L)
-    self._items_T = {int(source): np.bincount(corpus.text_ids[corpus.item_sources == source], minlength=len(corpus.text_items))
-                     for source in self._sources}
+
+  @functools.cached_property
+  def _items_T(self) -> dict[int, np.ndarray]:
+    corpus = self._batches.corpus
+    return {int(source): np.bincount(corpus.text_ids[corpus.item_sources == source], minlength=len(corpus.text_items))
+            for source in np.unique(self._batches.sources)}
+
+  @functools.cached_property
+  def _texts(self) -> TextPass:
+    """The texts of these catalogues; packed for the first evaluation, not before the first step."""
+    texts = np.flatnonzero(sum(self._items_T.values()))
+    return TextPass(self._batches.corpus, texts, batch_size=self._batches.shapes.B, length=self._batches.shapes.L)
 
   def __len__(self) -> int:
     return len(self._batches)
