@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from calrec_jax.models.decoder_config import DecoderConfig
-from calrec_jax.models.layers import Projection, RMSNorm
+from calrec_jax.models.layers import Projection, RMSNorm, softcap
+from calrec_jax.models.packed_attention import attend
 from calrec_jax.models.rope import Rotation
-
-QUERY_BLOCK = 128  # queries that are attended for at once
 
 
 @flax.struct.dataclass
@@ -26,10 +25,10 @@ class Cache:
 
 @flax.struct.dataclass
 class Whole:
-  """Where a whole sequence attends: `mask_BLL` is true where query i sees key j."""
+  """Where a whole sequence attends."""
 
-  positions: jax.Array
-  mask: jax.Array
+  positions: jax.Array  # int32 [B, L]
+  mask: jax.Array  # bool [B, S, L], keys first: whether a key is seen by a query
 
 
 @flax.struct.dataclass
@@ -42,45 +41,14 @@ class Step:
 
 
 def causal_mask(segments_BL: jax.Array) -> jax.Array:
-  """bool [B, L, L]: query i sees key j if j <= i and both are of one segment. Padding (segment 0) sees padding only."""
-  same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-  return jnp.tril(same_BLL)
+  """bool [B, S, L]: key s is seen by query l if s <= l and both are of one segment. Padding (segment 0) sees padding only."""
+  same_BSL = segments_BL[:, :, None] == segments_BL[:, None, :]
+  return jnp.triu(same_BSL)
 
 
 def near(distance: jax.Array, window: int | None, local: jax.Array | None) -> jax.Array | bool:
   """Whether a key so many tokens back is inside the window; always, where the layer is not `local` (bool [], or None)."""
   return True if local is None else (distance < window) | ~local
-
-
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-  """cap · tanh(x / cap), or x without a cap."""
-  return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def attend(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask_BLL: jax.Array, config: DecoderConfig) -> jax.Array:
-  """Causal attention over a whole sequence, [B, L, H, K]; softmax in float32.
-
-  A block of queries reads the keys up to its end only: of a long sequence nearly half of the scores are never computed.
-  """
-  L = q_BLHK.shape[1]
-  blocks = [slice(start, min(start + QUERY_BLOCK, L)) for start in range(0, L, QUERY_BLOCK)]
-  return jnp.concatenate([
-      _attend_block(q_BLHK[:, block], k_BLGK[:, :block.stop], v_BLGK[:, :block.stop], mask_BLL[:, block, :block.stop], config)
-      for block in blocks], axis=1)
-
-
-def _attend_block(q_BCHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask_BCL: jax.Array,
-                  config: DecoderConfig) -> jax.Array:
-  """Attention of some queries, [B, C, H, K]."""
-  if config.attention_softcap is None:
-    return jax.nn.dot_product_attention(q_BCHK, k_BLGK, v_BLGK, mask=mask_BCL[:, None], scale=config.attention_scale)
-  B, C, H, K = q_BCHK.shape
-  q_BCGRK = q_BCHK.reshape(B, C, k_BLGK.shape[2], -1, K)
-  scores_BGRCL = jnp.einsum('bcgrk,bmgk->bgrcm', q_BCGRK, k_BLGK, preferred_element_type=jnp.float32)
-  scores_BGRCL = softcap(config.attention_scale * scores_BGRCL, config.attention_softcap)
-  scores_BGRCL = jnp.where(mask_BCL[:, None, None], scores_BGRCL, -jnp.inf)
-  weights_BGRCL = jax.nn.softmax(scores_BGRCL, axis=-1).astype(q_BCHK.dtype)
-  return jnp.einsum('bgrcm,bmgk->bcgrk', weights_BGRCL, v_BLGK).reshape(B, C, H, K)
 
 
 def attend_step(q_UNHK: jax.Array, prefix: Cache, suffix: Cache, step: Step, config: DecoderConfig,
@@ -123,8 +91,9 @@ class Attention(nn.Module):
     q_BLHK, k_BLGK = rotation.rotate(q_BLHK, local), rotation.rotate(k_BLGK, local)
     if caches is None:
       cache = Cache(k_BLGK, v_BLGK)
-      distance_BLL = where.positions[:, :, None] - where.positions[:, None, :]
-      attended_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, where.mask & near(distance_BLL, c.window, local), c)
+      back_BSL = where.positions[:, None, :] - where.positions[:, :, None]
+      attended_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, where.mask & near(back_BSL, c.window, local),
+                             scale=c.attention_scale, cap=c.attention_softcap)
     else:
       prefix, suffix = caches
       cache = Cache(suffix.keys.at[:, :, where.index].set(k_BLGK), suffix.values.at[:, :, where.index].set(v_BLGK))

@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from calrec_jax.models.attention import Attention, Cache, Step, Whole, causal_mask, softcap
+from calrec_jax.models.attention import Attention, Cache, Step, Whole, causal_mask
 from calrec_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
-from calrec_jax.models.layers import GatedMlp, RMSNorm, product
+from calrec_jax.models.head import weighted_nll
+from calrec_jax.models.layers import GatedMlp, RMSNorm, product, softcap
 from calrec_jax.models.rope import Rotation, rotation
 
 
@@ -62,9 +63,8 @@ class Decoder(nn.Module):
   @nn.nowrap
   def _layers(self, keep_cache: bool, train: bool) -> nn.Module:
     block = Block
-    policy = REMAT_POLICIES[self.config.remat]
-    if policy and not keep_cache:
-      block = nn.remat(Block, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=False)
+    if not keep_cache:
+      block = nn.remat(Block, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
     layers = nn.scan(
         block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast), length=self.config.n_layers, metadata_params={nn.PARTITION_NAME: 'layers'})
@@ -95,10 +95,17 @@ class Decoder(nn.Module):
     """One token for each of N samples a user: hidden states [U, N, D] and the suffix caches [layers, U, N, T, G, K]."""
     return self._hidden(tokens_UN, (prefix, suffix), where, True, False)
 
+  @property
+  def _head_VD(self) -> jax.Array:
+    return self.embedding if self.config.tied_head else self.head
+
   def logits(self, hidden_BLD: jax.Array) -> jax.Array:
     """float32 logits [..., V]."""
-    table_VD = (self.embedding if self.config.tied_head else self.head).astype(hidden_BLD.dtype)
-    return softcap(product(hidden_BLD, table_VD.T, 1, jnp.float32), self.config.logit_softcap)
+    return softcap(product(hidden_BLD, self._head_VD.astype(hidden_BLD.dtype).T, 1, jnp.float32), self.config.logit_softcap)
+
+  def weighted_nll(self, hidden_BLD: jax.Array, labels_BL: jax.Array, weights_BL: jax.Array, *, block: int) -> jax.Array:
+    """Σ w · −log p(label), float32, nats: see `head.weighted_nll`."""
+    return weighted_nll(hidden_BLD, self._head_VD, labels_BL, weights_BL, block=block, cap=self.config.logit_softcap)
 
   def empty_suffix(self, users: int, samples: int, length: int) -> Cache:
     """Suffix caches of zeros for `length` steps."""

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from calrec_jax.errors import UserError
 
+# What of a layer is kept for the backward pass. What lies between products costs more to keep than to compute anew.
 REMAT_POLICIES = {
-    'none': None,
-    'dots': 'dots_with_no_batch_dims_saveable',  # keeps the outputs of the weight matrices, recomputes attention
-    'full': 'nothing_saveable',
+    'none': jax.checkpoint_policies.save_only_these_names('product', 'attention'),  # no product is computed twice
+    'dots': jax.checkpoint_policies.save_only_these_names('product'),  # attention is
+    'full': jax.checkpoint_policies.nothing_saveable,
 }
 PROJECTIONS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')  # a layer's linear maps
 

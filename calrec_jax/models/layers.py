@@ -8,6 +8,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from calrec_jax.models.decoder_config import DecoderConfig
 
@@ -24,8 +25,13 @@ def product(x: jax.Array, kernel: jax.Array, axes: int, dtype: jnp.dtype | None 
   """
   rows = x.reshape(math.prod(x.shape[:x.ndim - axes]), -1)
   columns = kernel.reshape(rows.shape[1], -1)
-  y = jnp.matmul(rows, columns, preferred_element_type=dtype)
+  y = checkpoint_name(jnp.matmul(rows, columns, preferred_element_type=dtype), 'product')
   return y.reshape(*x.shape[:x.ndim - axes], *kernel.shape[axes:])
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap · tanh(x / cap), or x without a cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class RMSNorm(nn.Module):

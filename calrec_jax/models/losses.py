@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -103,18 +102,6 @@ def own_is_nearest(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Arra
   logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=objective)
   others_EE = jnp.where(jnp.eye(len(text_E), dtype=bool), -jnp.inf, logits_EE)
   return _own(logits_EE) > jnp.max(others_EE, axis=1)
-
-
-def token_nll(logits_TV: jax.Array, labels_T: jax.Array) -> jax.Array:
-  """−log p(label), float32 [T], nats a token; the axis T may be several.
-
-  The label's logit is picked by a comparison, not by an index: with the vocabulary over several devices each one sums what
-  it has, and no device holds all logits of a token; the gradient needs no scatter either.
-  """
-  logits_TV = nn.with_logical_constraint(logits_TV, ('batch', *(None,) * (logits_TV.ndim - 2), 'vocab'))
-  ids_TV = jax.lax.broadcasted_iota(jnp.int32, logits_TV.shape, logits_TV.ndim - 1)
-  picked_T = jnp.sum(jnp.where(ids_TV == labels_T[..., None], logits_TV, 0.0), axis=-1)
-  return jax.nn.logsumexp(logits_TV, axis=-1) - picked_T
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:

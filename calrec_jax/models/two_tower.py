@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from calrec_jax.models import losses
+from calrec_jax.models import head, losses
 from calrec_jax.models.decoder import Decoder
 
 Batch = Mapping[str, jax.Array]
@@ -98,8 +98,21 @@ def no_contrast() -> Terms:
   return dict.fromkeys(('tt', 'tt_accuracy', 'ut', 'ut_accuracy'), jnp.zeros(()))
 
 
-def summary(nig: jax.Array, contrastive: Terms, batch: Batch, objective: losses.Objective) -> tuple[jax.Array, Terms]:
-  """The loss (a scalar, nats), and its terms with the counts they are means over."""
+def mean_nll(nll: jax.Array, batch: Batch) -> jax.Array:
+  """L_NIG: nats of target tokens, added up, over the target tokens of the batch."""
+  return nll / jnp.maximum(jnp.sum(batch['loss_weights']), 1e-9)
+
+
+def summary(nll: jax.Array, contrastive: Terms, batch: Batch, objective: losses.Objective) -> tuple[jax.Array, Terms]:
+  """The loss (a scalar, nats), and its terms with the counts they are means over.
+
+  Args:
+    nll: nats of all target tokens, added up.
+    contrastive: what `contrast` returns.
+    batch: the global batch.
+    objective: weights of the terms.
+  """
+  nig = mean_nll(nll, batch)
   loss = objective.total(nig, contrastive['tt'], contrastive['ut'])
   return loss, {
       'loss': loss, 'nig': nig, **contrastive,
@@ -114,14 +127,13 @@ class TwoTower(nn.Module):
     decoder: the decoder.
     objective: weights and options of the losses.
     bos: each joint and alone segment opens with a BOS token, which no mean counts.
-    head_chunks: the head runs over this many slices of the target positions in turn, so that the logits of one slice
-      only are in memory; 1 runs them at once.
+    head_block: target positions of a device at which the head runs at once: their logits are in memory.
   """
 
   decoder: Decoder
   objective: losses.Objective
   bos: bool = False
-  head_chunks: int = 1
+  head_block: int = head.BLOCK
 
   def joint(self, batch: Batch, train: bool = False) -> jax.Array:
     """Hidden states of the histories, [B, L, D]."""
@@ -131,50 +143,33 @@ class TwoTower(nn.Module):
     """Hidden states of the item texts, [B, M, D]."""
     return self.decoder(batch['alone_tokens'], batch['alone_segments'], batch['alone_positions'], train=train)
 
-  def target_nll(self, hidden_BLD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(nats, weights) of the target tokens, [B, Q]: the head runs at `loss_positions` only; past the end is padding."""
-    positions_BQ = batch['loss_positions']
-    pick = lambda x_BL, fill: jnp.take_along_axis(x_BL, positions_BQ, axis=1, mode='fill', fill_value=fill)
-    labels_BQ, weights_BQ = pick(batch['labels'], 0), pick(batch['loss_weights'], 0.0)
-    hidden_BQD = jnp.take_along_axis(hidden_BLD, positions_BQ[..., None], axis=1, mode='fill', fill_value=0)
-    if self.head_chunks == 1:
-      hidden_TD = hidden_BQD.reshape(-1, hidden_BQD.shape[-1])
-      return losses.token_nll(self.decoder.logits(hidden_TD), labels_BQ.reshape(-1)).reshape(labels_BQ.shape), weights_BQ
-    B, Q = labels_BQ.shape
-    pad = -Q % self.head_chunks
-    chunk = lambda x: jnp.moveaxis(
-        jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(B, self.head_chunks, -1, *x.shape[2:]), 1, 0)
-    def body(decoder: Decoder, _: None, slices: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
-      hidden, labels = slices
-      return None, losses.token_nll(decoder.logits(hidden), labels)
-    scan = nn.scan(nn.remat(body, prevent_cse=False), variable_broadcast='params', split_rngs={'params': False})
-    _, nll = scan(self.decoder, None, (chunk(hidden_BQD), chunk(labels_BQ)))
-    return jnp.moveaxis(nll, 0, 1).reshape(B, -1)[:, :Q], weights_BQ
+  def target_nll(self, hidden_BLD: jax.Array, batch: Batch) -> jax.Array:
+    """−log p of all target tokens and item ends of the batch, added up: float32, nats."""
+    return self.decoder.weighted_nll(hidden_BLD, batch['labels'], batch['loss_weights'], block=self.head_block)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> tuple[jax.Array, Terms]:
     """The loss (a scalar, nats) and its terms, with the counts they are means over."""
-    nll_BQ, weights_BQ, rows = self.rows(batch, train=train)
+    nll, rows = self.rows(batch, train=train)
     terms = no_contrast() if rows is None else contrast(towers(rows, batch), batch, self.objective)
-    return summary(losses.weighted_mean(nll_BQ, weights_BQ), terms, batch, self.objective)
+    return summary(nll, terms, batch, self.objective)
 
   def embed_rows(self, batch: Batch, *, train: bool = False) -> Pooled:
     """What the rows embed; the head does not run."""
     return pooled(self.joint(batch, train), self.alone(batch, train), batch, bos=self.bos)
 
-  def rows(self, batch: Batch, *, train: bool = False, embeds: bool | None = None,
-           ) -> tuple[jax.Array, jax.Array, Pooled | None]:
-    """(nats, weights) of the target tokens [B, Q], and what the rows embed: None, if nothing is contrasted and `embeds` is."""
+  def rows(self, batch: Batch, *, train: bool = False, embeds: bool | None = None) -> tuple[jax.Array, Pooled | None]:
+    """The target tokens' nats, added up, and what the rows embed: None, if nothing is contrasted and `embeds` is."""
     hidden_BLD = self.joint(batch, train)
-    nll_BQ, weights_BQ = self.target_nll(hidden_BLD, batch)
+    nll = self.target_nll(hidden_BLD, batch)
     if not (self.objective.contrasts if embeds is None else embeds):
-      return nll_BQ, weights_BQ, None
-    return nll_BQ, weights_BQ, pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
+      return nll, None
+    return nll, pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
 
   def validate(self, batch: Batch) -> tuple[Terms, jax.Array]:
     """The terms of the loss, without dropout, and v_U of the spans, float32 [B, E, D]."""
-    nll_BQ, weights_BQ, rows = self.rows(batch, embeds=True)
+    nll, rows = self.rows(batch, embeds=True)
     terms = contrast(towers(rows, batch), batch, self.objective) if self.objective.contrasts else no_contrast()
-    return summary(losses.weighted_mean(nll_BQ, weights_BQ), terms, batch, self.objective)[1], rows.user_BED
+    return summary(nll, terms, batch, self.objective)[1], rows.user_BED
 
   def embed_texts(self, batch: Batch) -> jax.Array:
     """v_T of each alone slot, float32 [B, S, D]."""

@@ -31,14 +31,13 @@ class RowOptions:
   Attributes:
     targets: `last` (one target a history) or `all` (each item after the first).
     context_items: how many older items open a later window of a history that is longer than a row (`targets = all`).
-    alone_length, loss_positions, spans_per_row, alone_slots: sizes M, Q, E and S of the batch; None: chosen from the data.
+    alone_length, spans_per_row, alone_slots: sizes M, E and S of the batch; None: chosen from the data.
     window_steps: steps that are planned together.
   """
 
   targets: str = 'all'
   context_items: int = 4
   alone_length: int | None = None
-  loss_positions: int | None = None
   spans_per_row: int | None = None
   alone_slots: int | None = None
   window_steps: int = 64
@@ -52,9 +51,9 @@ def _round_up(n: float, multiple: int = 8) -> int:
   return max(multiple, math.ceil(n / multiple) * multiple)
 
 
-def _pack(cut: Excerpts, chosen: np.ndarray, limits: tuple[int, int, int], rng: np.random.Generator | None) -> list[np.ndarray]:
-  """Rows of excerpts within (tokens, losses, spans)."""
-  sizes = np.stack([cut.tokens[chosen], cut.losses[chosen], cut.n_targets[chosen]], axis=1)
+def _pack(cut: Excerpts, chosen: np.ndarray, limits: tuple[int, int], rng: np.random.Generator | None) -> list[np.ndarray]:
+  """Rows of excerpts within (tokens, spans)."""
+  sizes = np.stack([cut.tokens[chosen], cut.n_targets[chosen]], axis=1)
   return [chosen[row] for row in fill_rows(sizes, np.asarray(limits), rng)]
 
 
@@ -143,25 +142,24 @@ class BatchPlan:
   def _choose_sizes(self, B: int, L: int) -> None:
     o = self.options
     self.window_tokens = o.window_steps * B * L
-    probes = [_pack(self.excerpts, self._draw(w), (L, L, L), np.random.default_rng((self.seed, w))) for w in range(PROBES)]
+    probes = [_pack(self.excerpts, self._draw(w), (L, L), np.random.default_rng((self.seed, w))) for w in range(PROBES)]
     rows = [row for probe in probes for row in probe]
-    losses = self._limit('loss_positions', 'target tokens (with their ends)', self.excerpts.losses, rows)
-    spans = self._limit('spans_per_row', 'targets', self.excerpts.n_targets, rows)
-    self.limits = (L, min(losses, L), spans)
+    self.limits = (L, self._spans_per_row(rows))
     self.window_tokens = int(self.window_tokens * (1 - SLACK) * o.window_steps * B / max(map(len, probes)))
     dealt = []
     for w in range(PROBES):
       rng = np.random.default_rng((self.seed, w))
       dealt += self._deal(_pack(self.excerpts, self._draw(w), self.limits, rng), B, rng)
     M, S = _alone_size(self.corpus, dealt, self.excerpts, B, o.alone_length, o.alone_slots)
-    self.shapes = Shapes(B=B, L=L, M=M, Q=self.limits[1], E=self.limits[2], S=S)
+    self.shapes = Shapes(B=B, L=L, M=M, E=self.limits[1], S=S)
 
-  def _limit(self, option: str, what: str, counts: np.ndarray, rows: list[np.ndarray]) -> int:
+  def _spans_per_row(self, rows: list[np.ndarray]) -> int:
     """The option's value; if it is None, what the fullest of the probed rows holds, and the fullest excerpt of all."""
-    largest, given = int(counts.max()), getattr(self.options, option)
+    counts, given = self.excerpts.n_targets, self.options.spans_per_row
+    largest = int(counts.max())
     if given is not None and given < largest:
-      raise UserError(f'rows.{option} = {given}: one history has {largest} {what} in a row; raise it to {largest}, or leave '
-                      'it out.')
+      raise UserError(f'rows.spans_per_row = {given}: one history has {largest} targets in a row; raise it to {largest}, or '
+                      'leave it out.')
     return given or _round_up(max([largest, *(counts[row].sum() for row in rows)]))
 
   def _draw(self, window: int) -> np.ndarray:
@@ -246,12 +244,11 @@ class OnePass:
     self.corpus, B = corpus, batch_size
     self.excerpts = excerpts(corpus, length=length, targets=options.targets, context_items=options.context_items)
     chosen = _spread_evenly(len(self.excerpts), max_histories)
-    rows = _pack(self.excerpts, chosen, (length, length, length), None)
+    rows = _pack(self.excerpts, chosen, (length, length), None)
     steps = _in_steps(rows, B)
     M, S = _alone_size(corpus, steps, self.excerpts, B, None, None)
     spans = max((int(self.excerpts.n_targets[row].sum()) for row in rows), default=1)
-    losses = max((int(self.excerpts.losses[row].sum()) for row in rows), default=1)
-    self.shapes = Shapes(B=B, L=length, M=M, Q=min(length, _round_up(losses)), E=_round_up(spans), S=S)
+    self.shapes = Shapes(B=B, L=length, M=M, E=_round_up(spans), S=S)
     self.layouts = []
     for step in steps:
       alone = _pack_texts(corpus, _distinct_texts(corpus, self.excerpts, step), M, S)
@@ -293,7 +290,7 @@ class TextPass:
     rows = _pack_texts(corpus, texts, length, length)
     self.rows = _in_steps(rows, batch_size)
     slots = _round_up(max((len(row) for row in rows), default=1))
-    self.shapes = Shapes(B=batch_size, L=0, M=length, Q=0, E=0, S=slots)
+    self.shapes = Shapes(B=batch_size, L=0, M=length, E=0, S=slots)
 
   def __len__(self) -> int:
     return len(self.rows)

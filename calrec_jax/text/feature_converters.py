@@ -70,7 +70,6 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     positions      [0 1 2 3 4 5 6 7 0 1 2 3 4 0 0 0]
     items          [0 1 1 0 2 0 3 3 0 1 1 0 2 0 0 0]
     loss_weights   [0 0 0 0 0 1 1 1 0 0 0 1 1 0 0 0]
-    loss_positions [5 6 7 11 12 16]
     alone_tokens   [7 8 9 0]
     alone_segments [1 1 2 0]
     alone_positions [0 1 0 0]
@@ -92,7 +91,7 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
 
   TASK_FEATURES = {'inputs': Spec(tf.int32), 'targets': Spec(tf.int32)}
   MODEL_FEATURES = {
-      name: Spec(tf.as_dtype(dtype)) for name, (_, dtype) in Shapes(1, 1, 1, 1, 1, 1).features().items()}
+      name: Spec(tf.as_dtype(dtype)) for name, (_, dtype) in Shapes(1, 1, 1, 1, 1).features().items()}
   PACKING_FEATURE_DTYPES: Mapping[str, tf.dtypes.DType] = {}  # segments and positions are there without packing too
 
   def __init__(self, vocabulary: seqio.Vocabulary, *, pack: bool = True, alone_length: int | None = None,
@@ -123,11 +122,11 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     L = task_feature_lengths['inputs'] + task_feature_lengths['targets']
     longest = task_feature_lengths['targets'] + len(self._bos)
     if not self.pack:
-      return Shapes(B=1, L=L, M=longest, Q=longest + 1, E=1, S=1)
+      return Shapes(B=1, L=L, M=longest, E=1, S=1)
     M, E = self._alone_length or max(L // 2, longest), self._spans_per_row
     if longest > M:
       raise UserError(f"alone_length = {M}: a target may have {longest} tokens; raise it, or lower 'targets'.")
-    return Shapes(B=1, L=L, M=M, Q=min(L, M + E), E=E, S=E)
+    return Shapes(B=1, L=L, M=M, E=E, S=E)
 
   def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
     """The length of each feature of a row."""

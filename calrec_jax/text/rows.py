@@ -9,7 +9,6 @@ FIRST, 3 is NEXT, 1 is EOS, the items are [7 8], [9], [7 8] and [5 6], [9]:
   positions      [0 1 2 3 4 5 6 7 0 1 2 3 4 0 0 0]   int32, restarts with each history
   items          [0 1 1 0 2 0 3 3 0 1 1 0 2 0 0 0]   int32, k = text of the history's k-th item; 0 = no item's text
   loss_weights   [0 0 0 1 1 1 1 1 0 0 0 1 1 0 0 0]   float32, 1 where a target's token or end is predicted
-  loss_positions [3 4 5 6 7 11 12 16]                int32 [Q], where they are; L fills
   alone_tokens   [7 8 9 0]  alone_segments [1 1 2 0]  alone_positions [0 1 0 0]   int32 [M], each text once in the batch
   slot_texts     [31 32]                              int32 [S], the text of each alone segment of the row; 0 is an empty slot
   span_segments  [1 1 2]                              int32 [E], one span a target: its segment,
@@ -27,12 +26,11 @@ from calrec_jax.text.corpus import Corpus, Excerpts
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-  """Sizes of a batch: B rows of L joint and M alone positions, Q of them with a loss, E spans and S alone slots a row."""
+  """Sizes of a batch: B rows of L joint and M alone positions, with E spans and S alone slots a row."""
 
   B: int
   L: int
   M: int
-  Q: int
   E: int
   S: int
 
@@ -47,7 +45,6 @@ class Shapes:
     return {
         'tokens': (joint, np.int32), 'labels': (joint, np.int32), 'segments': (joint, np.int32),
         'positions': (joint, np.int32), 'items': (joint, np.int32), 'loss_weights': (joint, np.float32),
-        'loss_positions': ((self.B, self.Q), np.int32),
         'alone_tokens': (alone, np.int32), 'alone_segments': (alone, np.int32), 'alone_positions': (alone, np.int32),
         'slot_texts': ((self.B, self.S), np.int32),
         'span_segments': (span, np.int32), 'span_items': (span, np.int32), 'span_slots': (span, np.int32),
@@ -101,10 +98,8 @@ def build_alone_rows(corpus: Corpus, alone_rows: list[np.ndarray], shapes: Shape
 
 def _write_joint(batch: dict[str, np.ndarray], corpus: Corpus, excerpts: Excerpts, rows: list[np.ndarray],
                  texts: np.ndarray, slots: np.ndarray) -> None:
-  L = batch['tokens'].shape[1]
   per_row = np.asarray([len(row) for row in rows])
   chosen = np.concatenate(rows).astype(np.int64)
-  batch['loss_positions'][:] = L
   if not len(chosen):
     return
   n_items = excerpts.stops[chosen] - excerpts.starts[chosen]
@@ -136,8 +131,6 @@ def _write_joint(batch: dict[str, np.ndarray], corpus: Corpus, excerpts: Excerpt
   batch['positions'][row, column] = _ranks(excerpt_tokens)
   batch['items'][row, column] = np.where(is_text, number[piece // 2], 0)
   batch['loss_weights'][row, column] = weights
-  loss_row = row[weights]
-  batch['loss_positions'][loss_row, _ranks(np.bincount(loss_row, minlength=len(rows)))] = column[weights]
   # The span table: one span a target.
   target_of = of[is_target]
   span_row = np.repeat(np.arange(len(rows)), per_row)[target_of]

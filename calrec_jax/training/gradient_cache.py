@@ -61,16 +61,14 @@ def gradients(model: TwoTower, merge: Callable[[Any], Any], params: Any, batch: 
     pulls, terms = jax.grad(contrastive, has_aux=True)(_whole(rows))
     pulls = _parts(pulls, microbatches)
 
-  target_tokens = jnp.maximum(jnp.sum(batch['loss_weights']), 1e-9)
   def share(params: Any, part: Batch, rng: jax.Array, pull: Pooled | None) -> tuple[jax.Array, jax.Array]:
-    """A scalar whose gradient is this microbatch's share of the whole one, and its share of L_NIG."""
-    nll_BQ, weights_BQ, rows = run(params, part, rng, TwoTower.rows)
+    """A scalar whose gradient is this microbatch's share of the whole one, and the nats of its target tokens."""
+    nll, rows = run(params, part, rng, TwoTower.rows)
     pulled = jax.tree.map(lambda x, g: jnp.sum(x * g), rows, pull)
-    nig = jnp.sum(nll_BQ * weights_BQ) / target_tokens
-    return objective.total(nig, 0.0, 0.0) + sum(jax.tree.leaves(pulled)), nig
+    return objective.total(two_tower.mean_nll(nll, batch), 0.0, 0.0) + sum(jax.tree.leaves(pulled)), nll
   def add(sums: tuple[Any, jax.Array], one: tuple[Any, ...]) -> tuple[tuple[Any, jax.Array], None]:
-    grads, nig = jax.grad(share, has_aux=True)(params, *one)
-    return jax.tree.map(jnp.add, sums, (rounding.as_float32(grads), nig)), None
+    grads, nll = jax.grad(share, has_aux=True)(params, *one)
+    return jax.tree.map(jnp.add, sums, (rounding.as_float32(grads), nll)), None
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-  (grads, nig), _ = jax.lax.scan(add, (zeros, jnp.zeros(())), (parts, rngs, pulls))
-  return grads, two_tower.summary(nig, terms, batch, objective)[1]
+  (grads, nll), _ = jax.lax.scan(add, (zeros, jnp.zeros(())), (parts, rngs, pulls))
+  return grads, two_tower.summary(nll, terms, batch, objective)[1]

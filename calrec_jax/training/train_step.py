@@ -1,5 +1,6 @@
 """The training step: state and its shardings, one pure update, one pure evaluation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class TrainState:
 
 def init_params(model: TwoTower, rng: jax.Array, shapes: Shapes) -> Any:
   """Boxed (logically named) parameters, drawn at random."""
-  small = Shapes(B=1, L=min(shapes.L, 8), M=min(shapes.M, 8), Q=1, E=1, S=1)
+  small = Shapes(B=1, L=min(shapes.L, 8), M=min(shapes.M, 8), E=1, S=1)
   batch = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in small.features().items()}
   return model.init(rng, batch)['params']
 
@@ -95,7 +96,21 @@ def make_train_step(model: TwoTower, optimizer: optax.GradientTransformation, me
       average = rounding.store(moved, average, jax.random.fold_in(rng, 2))
     return TrainState(state.step + 1, state.rng, trainable.join(fixed, params), opt_state, average), metrics
   return _on_mesh(jax.jit(train_step, in_shardings=(shardings, partitioning.batch_sharding(mesh)),
-                          out_shardings=(shardings, NamedSharding(mesh, P())), donate_argnums=0), mesh)
+                          out_shardings=(shardings, NamedSharding(mesh, P())), donate_argnums=0,
+                          compiler_options=_compiler_options()), mesh)
+
+
+@functools.cache
+def _compiler_options() -> dict[str, str]:
+  """On CPU, XLA's own products: those of the YNN library share the cores badly with what runs beside them in a step."""
+  options = {'xla_cpu_experimental_ynn_fusion_type': ''}
+  if jax.default_backend() != 'cpu':
+    return {}
+  try:
+    jax.jit(lambda: 0, compiler_options=options).lower().compile()
+  except Exception:  # an experimental option: other versions of XLA may not know it, and do without
+    return {}
+  return options
 
 
 def make_eval_step(model: TwoTower, mesh: Mesh, param_shardings: Any,

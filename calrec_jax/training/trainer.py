@@ -13,6 +13,7 @@ from calrec_jax import provenance
 from calrec_jax.errors import UserError
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
+from calrec_jax.models.head import BLOCK
 from calrec_jax.models.losses import Objective
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import BatchPlan, OnePass, RowOptions
@@ -68,7 +69,7 @@ class Schedule:
 
 def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, decoder: DecoderConfig, objective: Objective,
           rows: RowOptions, optimizer: Optimizer, mesh: MeshShape, schedule: Schedule, judge: Judge | None = None,
-          initial_checkpoint: str | None = None, frozen: Sequence[str] = (), head_chunks: int = 1, microbatches: int = 1,
+          initial_checkpoint: str | None = None, frozen: Sequence[str] = (), head_block: int = BLOCK, microbatches: int = 1,
           seed: int = 0, allow_changes: bool = False, gin_text: Callable[[], str] = str) -> dict[str, float]:
   """Finetunes (or trains from random weights) one stage, and goes on from the newest checkpoint in `model_dir` if there is one.
 
@@ -86,7 +87,7 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
     judge: `evaluation.dense.dense_metrics`, or what else turns embeddings of users and texts into validation metrics.
     initial_checkpoint: a run's folder, its `best`, or one step's, whose weights this stage starts from.
     frozen: names of parameters that are not trained, such as `embedding`, `mlp` or `query`.
-    head_chunks: slices in which the head runs, see `TwoTower`.
+    head_block: target positions of a device at which the head runs at once, see `head`.
     microbatches: parts in which a batch is computed one after the other, with the gradient of the whole, see `gradient_cache`.
     seed: of the weights, the order of the data and dropout.
     allow_changes: go on although a setting is another than the run was begun with.
@@ -104,7 +105,7 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   sources = inputs.load()
   decoder = with_vocabulary(decoder, inputs)
   trained = trainable.is_trained(decoder, frozen)
-  model = TwoTower(Decoder(decoder), objective, bos=inputs.vocabulary.bos_id is not None, head_chunks=head_chunks)
+  model = TwoTower(Decoder(decoder), objective, bos=inputs.vocabulary.bos_id is not None, head_block=head_block)
   plan = BatchPlan(inputs.corpus(sources, 'train'), batch_size=batch_size, length=inputs.length, options=rows, seed=seed)
   held_out = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
                      options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)

@@ -71,7 +71,7 @@ def test_a_prefix_is_what_training_reads_before_the_target(bos_id, max_item_toke
                         max_item_tokens=max_item_tokens)
   cut = excerpts(corpus, length=400, targets='last', context_items=0)
   layout = BatchLayout(rows=[np.array([0])], alone_rows=[corpus.text_ids[events[-1:]]])
-  row = build_rows(corpus, cut, layout, Shapes(B=1, L=400, M=64, Q=64, E=2, S=2))['tokens'][0]
+  row = build_rows(corpus, cut, layout, Shapes(B=1, L=400, M=64, E=2, S=2))['tokens'][0]
   prefixes = make_prefixes(vocabulary, TABLE, max_item_tokens=max_item_tokens, max_length=400)
   prefix = prefixes.tokens(events[:-1])
   np.testing.assert_array_equal(row[:len(prefix)], prefix)

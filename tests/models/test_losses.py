@@ -5,12 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from calrec_jax.errors import UserError
 from calrec_jax.models import losses
-from calrec_jax.models.losses import Objective, info_nce, token_nll, unit, weighted_mean
+from calrec_jax.models.losses import Objective, info_nce, unit, weighted_mean
 
 E, D = 7, 5
 TEXTS = np.array([4, 9, 4, 2, 0, 8, 0])  # 4 twice, two empty slots
@@ -158,17 +157,6 @@ def test_one_history_has_no_negatives_of_its_own():
   objective = Objective(mask_same_history=True)
   nll_E = info_nce(context_ED, target_ED, np.array([1, 2, 3]), np.zeros(3, int), objective=objective)
   np.testing.assert_allclose(nll_E, 0, atol=1e-6)
-
-
-def test_token_losses_are_cross_entropies():
-  rng = np.random.default_rng(0)
-  logits_BQV, labels_BQ = rng.normal(size=(3, 4, 11)).astype(np.float32) * 9, rng.integers(0, 11, (3, 4))
-  nll_BQ = token_nll(logits_BQV, labels_BQ)
-  np.testing.assert_allclose(nll_BQ, optax.softmax_cross_entropy_with_integer_labels(logits_BQV, labels_BQ), rtol=1e-5,
-                             atol=1e-6)
-  log_softmax = logits_BQV - np.log(np.exp(logits_BQV.astype(np.float64)).sum(-1, keepdims=True))
-  picked_BQ = np.take_along_axis(log_softmax, labels_BQ[..., None], -1)[..., 0]
-  np.testing.assert_allclose(nll_BQ, -picked_BQ, rtol=1e-5, atol=1e-5)
 
 
 def test_weighted_mean_is_over_the_whole_array():

@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from toy_corpus import random_corpus
 
 from calrec_jax.models import decoder as decoder_lib
-from calrec_jax.models import losses, two_tower
+from calrec_jax.models import head, two_tower
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
@@ -60,8 +61,8 @@ class Result:
   towers: dict[tuple[int, int], np.ndarray]  # of each span: v_U, v_T|U and v_T, [3, D]
 
 
-def _computation(bos, objective, head_chunks):
-  model = TwoTower(Decoder(CONFIG), objective, bos, head_chunks)
+def _computation(bos, objective, head_block):
+  model = TwoTower(Decoder(CONFIG), objective, bos, head_block)
   def all_of_it(params, arrays):
     apply = lambda params: model.apply({'params': params}, arrays)
     return jax.value_and_grad(apply, has_aux=True)(params), model.apply({'params': params}, arrays, method='embed')
@@ -71,9 +72,9 @@ def _computation(bos, objective, head_chunks):
 _computation_once = functools.cache(_computation)
 
 
-def run(batch: Batch, *, bos=False, objective=EQUAL_WEIGHTS, head_chunks=1, patched=False) -> Result:
+def run(batch: Batch, *, bos=False, objective=EQUAL_WEIGHTS, head_block=head.BLOCK, patched=False) -> Result:
   """`patched`: the code was changed for a mutant, so it is traced anew."""
-  compute = (_computation if patched else _computation_once)(bos, objective, head_chunks)
+  compute = (_computation if patched else _computation_once)(bos, objective, head_block)
   ((_, terms), grads), t = compute(params(), batch.arrays)
   stacked = np.stack([t.user_BED, t.context_BED, t.target_BED], axis=2)
   return Result(terms, grads, {key: stacked[at] for key, at in batch.span_keys().items()})
@@ -115,7 +116,7 @@ def apart(corpus: Corpus, cut: Excerpts) -> Batch:
   alone = [np.array([text]) for text in texts] + [np.zeros(0, int)] * (n - len(texts))
   layout = BatchLayout([np.array([e]) for e in range(len(cut))] + [np.zeros(0, int)] * (n - len(cut)), alone)
   longest = int(corpus.item_lengths.max()) + corpus.bos_length
-  shapes = Shapes(B=n, L=int(cut.tokens.max()), M=longest, Q=int(cut.losses.max()),
+  shapes = Shapes(B=n, L=int(cut.tokens.max()), M=longest,
                   E=int((cut.stops - cut.first_targets).max()), S=1)
   return Batch(build_rows(corpus, cut, layout, shapes), layout, cut)
 
@@ -145,7 +146,7 @@ def test_packed_is_unpacked_where_histories_have_no_negatives_of_their_own():
 
 
 def _mask_dropped(monkeypatch, batch):
-  monkeypatch.setattr(decoder_lib, 'causal_mask', lambda s: jnp.tril(jnp.ones((len(s), s.shape[1], s.shape[1]), bool)))
+  monkeypatch.setattr(decoder_lib, 'causal_mask', lambda s: jnp.triu(jnp.ones((len(s), s.shape[1], s.shape[1]), bool)))
   return batch
 
 
@@ -155,10 +156,13 @@ def _positions_not_restarted(monkeypatch, batch):
 
 
 def _local_denominator(monkeypatch, batch):
-  whole = losses.weighted_mean
-  def by_row(x, w):
-    return jnp.mean(jnp.stack([whole(x[row], w[row]) for row in range(len(x))])) if x.ndim == 2 else whole(x, w)
-  monkeypatch.setattr(losses, 'weighted_mean', by_row)
+  whole = TwoTower.target_nll
+  def by_row(self, hidden_BLD, batch):
+    row = lambda x, number: x[number:number + 1]
+    means = [whole(self, row(hidden_BLD, n), {name: row(batch[name], n) for name in ('labels', 'loss_weights')})
+             / jnp.sum(batch['loss_weights'][n]) for n in range(len(hidden_BLD))]
+    return jnp.mean(jnp.stack(means)) * jnp.sum(batch['loss_weights'])
+  monkeypatch.setattr(TwoTower, 'target_nll', by_row)
   return batch
 
 
@@ -317,7 +321,7 @@ def check_sum_of_passes(batch: Batch, pooled=two_tower.pooled):
   def apart_grads(joint_params, alone_params):
     pass_of = lambda module, prefix: module.decoder(*(a[prefix + name] for name in ('tokens', 'segments', 'positions')))
     hidden, nig = model.apply({'params': joint_params}, method=lambda m: (
-        pass_of(m, ''), losses.weighted_mean(*m.target_nll(pass_of(m, ''), a))))
+        pass_of(m, ''), two_tower.mean_nll(m.target_nll(pass_of(m, ''), a), a)))
     alone = model.apply({'params': alone_params}, method=lambda m: pass_of(m, 'alone_'))
     terms = two_tower.contrast(two_tower.towers(pooled(hidden, alone, a, bos=False), a), a, EQUAL_WEIGHTS)
     return EQUAL_WEIGHTS.total(nig, terms['tt'], terms['ut'])
@@ -342,7 +346,7 @@ def padded(batch: Batch, corpus: Corpus, seed=0) -> Batch:
   """The same rows in larger shapes, with rubbish for tokens and labels where nothing is."""
   a, rng = batch.arrays, np.random.default_rng(seed)
   B, L, S = *a['tokens'].shape, a['slot_texts'].shape[1]
-  shapes = Shapes(B=B + 2, L=L + 8, M=a['alone_tokens'].shape[1] + 8, Q=a['loss_positions'].shape[1] + 3,
+  shapes = Shapes(B=B + 2, L=L + 8, M=a['alone_tokens'].shape[1] + 8,
                   E=a['span_texts'].shape[1] + 2, S=S + 1)
   empty_rows = [np.zeros(0, int)] * 2
   layout = BatchLayout(batch.layout.rows + empty_rows, batch.layout.alone_rows + empty_rows)
@@ -365,17 +369,15 @@ def test_padding_that_counts_fails():
   corpus = packing_corpus(False)
   batch = one_batch(corpus)
   larger = padded(batch, corpus)
-  positions = np.minimum(larger.arrays['loss_positions'], larger.arrays['tokens'].shape[1] - 1)
   weights = np.ones_like(larger.arrays['loss_weights'])
   with pytest.raises(AssertionError):
-    check(run(larger.change(loss_positions=positions, loss_weights=weights)), run(batch))
+    check(run(larger.change(loss_weights=weights)), run(batch))
 
 
-@pytest.mark.parametrize('chunks', [2, 5])
-def test_chunks_of_the_head_move_nothing(chunks):
+def test_blocks_of_the_head_move_nothing():
   batch = one_batch(packing_corpus(False))
-  assert batch.arrays['loss_positions'].shape[1] % 5  # a chunk is padded
-  check(run(batch, head_chunks=chunks), run(batch))
+  assert batch.arrays['loss_weights'].sum() % 7  # a block is filled up
+  check(run(batch, head_block=7), run(batch))
 
 
 def check_causal(batch: Batch):
@@ -383,7 +385,8 @@ def check_causal(batch: Batch):
   a = batch.arrays
   def nll(tokens):
     def both(decoder):
-      return losses.token_nll(decoder.logits(decoder(tokens, a['segments'], a['positions'])), a['labels'])
+      logits = decoder.logits(decoder(tokens, a['segments'], a['positions']))
+      return optax.softmax_cross_entropy_with_integer_labels(logits, a['labels'])
     return Decoder(CONFIG).apply({'params': params()['decoder']}, method=both)
   nll, others = jax.jit(nll), np.random.default_rng(0).integers(0, CONFIG.vocab_size, a['tokens'].shape)
   plain = nll(a['tokens'])

@@ -149,7 +149,7 @@ def check_alone_parts(a_plan, steps):
     np.testing.assert_array_equal(batch['slot_texts'].reshape(-1)[batch['span_slots']][used], batch['span_texts'][used])
     chosen = np.concatenate(layout.rows).astype(np.int64)
     np.testing.assert_array_equal(batch['span_texts'][used], target_texts(a_plan.corpus, a_plan.excerpts, chosen))
-    assert batch['loss_weights'].sum() == a_plan.excerpts.losses[chosen].sum() == (batch['loss_positions'] < 48).sum()
+    assert batch['loss_weights'].sum() == a_plan.excerpts.losses[chosen].sum()
 
 
 @pytest.mark.parametrize('targets', ['last', 'all'])
@@ -165,9 +165,9 @@ def test_texts_twice_in_a_step_fail(monkeypatch):
 
 
 def test_given_sizes_are_kept():
-  a_plan = plan(alone_length=40, loss_positions=36, spans_per_row=11, alone_slots=9)
+  a_plan = plan(alone_length=40, spans_per_row=11, alone_slots=9)
   shapes = a_plan.shapes
-  assert (shapes.B, shapes.L, shapes.M, shapes.Q, shapes.E, shapes.S) == (3, 48, 40, 36, 11, 9)
+  assert (shapes.B, shapes.L, shapes.M, shapes.E, shapes.S) == (3, 48, 40, 11, 9)
   assert {name: (a.shape, a.dtype.type) for name, a in a_plan.batch(1).items()} == shapes.features()
   check_alone_parts(a_plan, range(WINDOW))
 
@@ -196,7 +196,7 @@ def test_bad_options():
     RowOptions(targets='some')
   with pytest.raises(UserError, match='no training target'):
     plan(toy_corpus([[7]], [[0], []]))
-  for option in ('alone_length', 'loss_positions', 'spans_per_row'):
+  for option in ('alone_length', 'spans_per_row'):
     with pytest.raises(UserError, match=f'rows.{option} = 4'):
       plan(**{option: 4})
 

@@ -69,7 +69,7 @@ def test_one_example_a_row_without_packing():
       'tokens':       [4, 2, 7, 8, 3, 9, 3, 7, 8, 0, 0], 'labels':    [2, 7, 8, 1, 9, 1, 7, 8, 1, 0, 0],
       'segments':     [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0], 'positions': [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0],
       'items':        [0, 0, 1, 1, 0, 2, 0, 3, 3, 0, 0],
-      'loss_weights': [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0], 'loss_positions': [6, 7, 8, 11, 11],
+      'loss_weights': [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0],
       'alone_tokens': [4, 7, 8, 0], 'alone_segments': [1, 1, 1, 0], 'alone_positions': [0, 1, 2, 0],
       'slot_texts': [a], 'span_segments': [1], 'span_items': [3], 'span_slots': [0], 'span_texts': [a]})
   assert second['tokens'].tolist() == [4, 2, 5, 6, 3, 9, 0, 0, 0, 0, 0] and second['span_texts'].tolist() == [b]
@@ -78,7 +78,7 @@ def test_one_example_a_row_without_packing():
 def test_features_are_those_of_the_rows():
   converter, lengths = CalRecFeatureConverter(vocabulary(), spans_per_row=5), {'inputs': 20, 'targets': 4}
   shapes = converter.shapes(lengths)
-  assert shapes == Shapes(B=1, L=24, M=12, Q=17, E=5, S=5)
+  assert shapes == Shapes(B=1, L=24, M=12, E=5, S=5)
   spec = converter(dataset(), lengths).element_spec
   assert {name: ((1, *s.shape), s.dtype.as_numpy_dtype) for name, s in spec.items()} == shapes.features()
 
@@ -177,10 +177,9 @@ def histories_of(batch):
     alone = batch['alone_segments'][slot_row] == slot + 1
     items = batch['items'][row, at]
     before = items[items > 0][0] - 1
-    with_loss = batch['loss_positions'][row][batch['loss_positions'][row] < len(at)]
     arrays = [batch[name][row, at] for name in ('tokens', 'labels', 'positions', 'loss_weights')] + [
         batch['alone_tokens'][slot_row, alone], batch['alone_positions'][slot_row, alone],
-        np.where(items > 0, items - before, 0), np.isin(np.flatnonzero(at), with_loss)]
+        np.where(items > 0, items - before, 0)]
     found[tuple(tuple(array.tolist()) for array in arrays) + (int(batch['span_items'][row, span] - before),)] += 1
   return found
 

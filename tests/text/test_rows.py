@@ -30,12 +30,12 @@ def check(batch, expected):
 def example(bos=None, L=16, M=4):
   corpus = toy_corpus(ITEMS, HISTORIES, bos=bos)
   cut = excerpts(corpus, length=L, targets='all', context_items=0)
-  return build_rows(corpus, cut, LAYOUT, Shapes(B=1, L=L, M=M, Q=8, E=3, S=2))
+  return build_rows(corpus, cut, LAYOUT, Shapes(B=1, L=L, M=M, E=3, S=2))
 
 
 def test_the_numbers_of_the_docstring():
   expected = documented()
-  shapes = Shapes(B=1, L=16, M=4, Q=8, E=3, S=2).features()
+  shapes = Shapes(B=1, L=16, M=4, E=3, S=2).features()
   assert set(expected) == set(shapes)
   assert {n: (1, len(numbers)) for n, numbers in expected.items()} == {n: shape for n, (shape, _) in shapes.items()}
   check(example(), expected)
@@ -49,7 +49,6 @@ def test_the_numbers_with_a_bos():
       'positions':    [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 0, 0],
       'items':        [0, 0, 1, 1, 0, 2, 0, 3, 3, 0, 0, 1, 1, 0, 2, 0, 0],
       'loss_weights': [0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0],
-      'loss_positions': [4, 5, 6, 7, 8, 13, 14, 17],
       'alone_tokens': [4, 7, 8, 4, 9, 0], 'alone_segments': [1, 1, 1, 2, 2, 0], 'alone_positions': [0, 1, 2, 0, 1, 0],
       'slot_texts': [31, 32],
       'span_segments': [1, 1, 2], 'span_items': [2, 3, 2], 'span_slots': [1, 0, 1], 'span_texts': [32, 31, 32]})
@@ -65,17 +64,17 @@ def test_a_wrong_number_is_seen(mutant):
 
 def test_dtypes_are_as_declared():
   batch = example()
-  assert {name: (a.shape, a.dtype.type) for name, a in batch.items()} == Shapes(1, 16, 4, 8, 3, 2).features()
+  assert {name: (a.shape, a.dtype.type) for name, a in batch.items()} == Shapes(1, 16, 4, 3, 2).features()
 
 
 def test_prompts_of_several_tokens():
   corpus = toy_corpus([[7, 8], [9]], [[0, 1]], first=[2, 20], following=[3, 30])
   cut = excerpts(corpus, length=8, targets='last', context_items=0)
-  batch = build_rows(corpus, cut, BatchLayout([np.array([0])], [np.array([2])]), Shapes(1, 8, 2, 4, 1, 1))
+  batch = build_rows(corpus, cut, BatchLayout([np.array([0])], [np.array([2])]), Shapes(1, 8, 2, 1, 1))
   check(batch, {'tokens':       [2, 20, 7, 8, 3, 30, 9, 0],
                 'labels':       [20, 7, 8, 1, 30, 9, 1, 0],
                 'items':        [0, 0, 1, 1, 0, 0, 2, 0],
-                'loss_weights': [0, 0, 0, 0, 0, 1, 1, 0], 'loss_positions': [5, 6, 8, 8]})
+                'loss_weights': [0, 0, 0, 0, 0, 1, 1, 0]})
 
 
 def test_slots_are_counted_over_all_rows_and_any_rows_can_be_built_apart():
@@ -85,7 +84,7 @@ def test_slots_are_counted_over_all_rows_and_any_rows_can_be_built_apart():
   texts = np.unique(target_texts(corpus, cut, chosen))
   layout = BatchLayout([chosen[i::6] for i in range(5)] + [chosen[5::6], chosen[:0]],
                        [texts[:3], texts[3:3], *np.array_split(texts[3:], 5)])
-  shapes = Shapes(B=7, L=128, M=64, Q=128, E=24, S=8)
+  shapes = Shapes(B=7, L=128, M=64, E=24, S=8)
   whole = build_rows(corpus, cut, layout, shapes)
   used = whole['span_texts'] > 0
   np.testing.assert_array_equal(whole['slot_texts'].reshape(-1)[whole['span_slots']][used], whole['span_texts'][used])
@@ -98,7 +97,7 @@ def test_slots_are_counted_over_all_rows_and_any_rows_can_be_built_apart():
 def test_items_of_a_cut_history_keep_their_numbers():
   corpus = toy_corpus([[7, 8], [9, 9]], [[0, 1, 0, 1]])
   cut = excerpts(corpus, length=6, targets='last', context_items=0)
-  batch = build_rows(corpus, cut, BatchLayout([np.array([0])], [np.array([2])]), Shapes(1, 6, 2, 3, 1, 1))
+  batch = build_rows(corpus, cut, BatchLayout([np.array([0])], [np.array([2])]), Shapes(1, 6, 2, 1, 1))
   check(batch, {'tokens': [2, 7, 8, 3, 9, 9], 'items': [0, 3, 3, 0, 4, 4], 'span_items': [4]})
 
 
@@ -106,6 +105,5 @@ def test_an_empty_batch():
   corpus = toy_corpus([[7], [8]], [[0, 1]])
   cut = excerpts(corpus, length=8, targets='last', context_items=0)
   nothing = np.zeros(0, np.int64)
-  batch = build_rows(corpus, cut, BatchLayout([nothing] * 2, [nothing] * 2), Shapes(2, 8, 4, 4, 1, 1))
-  assert (batch.pop('loss_positions') == 8).all()
+  batch = build_rows(corpus, cut, BatchLayout([nothing] * 2, [nothing] * 2), Shapes(2, 8, 4, 1, 1))
   assert not any(array.any() for array in batch.values())

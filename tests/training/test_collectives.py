@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from calrec_jax.models import losses
+from calrec_jax.models import head
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import BatchPlan, RowOptions
@@ -34,9 +34,9 @@ def step_collectives(store, shape):
 
 
 def holds_logits(found, shapes, vocab_size) -> list:
-  """Those that leave a device with scores of all the vocabulary for its share of the target tokens, or more."""
-  tokens = shapes.B * shapes.Q
-  return [one for one in found for _, shape in one.shapes if vocab_size in shape and np.prod(shape) >= tokens // 8 * vocab_size]
+  """Those that leave a device with scores of all the vocabulary for one of its blocks of target tokens, or more."""
+  tokens = min(head.BLOCK, shapes.B * shapes.L // 8)
+  return [one for one in found for _, shape in one.shapes if vocab_size in shape and np.prod(shape) >= tokens * vocab_size]
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
@@ -46,10 +46,7 @@ def test_no_device_ever_holds_all_logits_of_a_token(tiny_store, shape):
 
 
 def test_a_loss_that_gathers_the_logits_is_noticed(tiny_store, monkeypatch):
-  def token_nll(logits, labels):
-    logits = nn.with_logical_constraint(logits, (None, None))
-    return -jax.nn.log_softmax(logits)[np.arange(len(labels)), labels]
-  monkeypatch.setattr(losses, 'token_nll', token_nll)
+  monkeypatch.setattr(head, 'softcap', lambda logits, cap: nn.with_logical_constraint(logits, (None, None, None)))
   assert holds_logits(*step_collectives(tiny_store, (1, 2, 4)))
 
 

@@ -73,8 +73,8 @@ def _own_negatives_only(monkeypatch):
 def _local_denominator(monkeypatch):
   plain = TwoTower.rows
   def rows(self, batch, *, train=False):
-    nll_BQ, weights_BQ, pooled = plain(self, batch, train=train)
-    return nll_BQ / jnp.sum(weights_BQ), weights_BQ, pooled
+    nll, pooled = plain(self, batch, train=train)
+    return nll / jnp.sum(batch['loss_weights']), pooled
   monkeypatch.setattr(TwoTower, 'rows', rows)
 
 
@@ -103,10 +103,10 @@ def test_dropout_is_the_same_in_both_passes(step_of, monkeypatch):
   assert test_partitioning.differing(found, again) == []
   plain, second = TwoTower.rows, []
   def noted(self, batch, *, train=False):
-    nll_BQ, weights_BQ, rows = plain(self, batch, train=train)
+    nll, rows = plain(self, batch, train=train)
     if train:  # parameters are drawn without
       jax.debug.callback(lambda x: second.append(np.asarray(x)), rows.user_BED)
-    return nll_BQ, weights_BQ, rows
+    return nll, rows
   monkeypatch.setattr(TwoTower, 'rows', noted)
   first, embed_rows = [], TwoTower.embed_rows
   def noted_first(self, batch, *, train=False):

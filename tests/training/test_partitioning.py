@@ -15,7 +15,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from calrec_jax.errors import UserError
-from calrec_jax.models import losses
+from calrec_jax.models import head, losses
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import BatchPlan, RowOptions
@@ -98,13 +98,21 @@ def _per_shard(function, n_sharded: int):
 
 
 @pytest.mark.parametrize('name, n_sharded, terms', [
-    ('weighted_mean', 0, {'loss', 'nig', 'tt', 'ut'}), ('info_nce', 1, {'loss', 'tt', 'ut'})])
+    ('weighted_mean', 0, {'loss', 'tt', 'ut'}), ('info_nce', 1, {'loss', 'tt', 'ut'})])
 def test_a_loss_over_own_rows_only_is_noticed(tiny_store, one_device, monkeypatch, name, n_sharded, terms):
   monkeypatch.setattr(losses, name, _per_shard(getattr(losses, name), n_sharded))
   found = as_numbers(*one_step(tiny_store, (8, 1, 1)))
   wrong = set(differing(found, one_device))
   assert wrong & {'loss', 'nig', 'tt', 'ut'} == terms
   assert len(wrong) > len(terms) + 3  # gradients too
+
+
+def test_a_head_that_forgets_the_other_devices_is_noticed(tiny_store, one_device, monkeypatch):
+  plain = head._weighted_nll
+  first = lambda static, hidden, table, labels, weights: plain(static, hidden[:1], table, labels[:1], weights[:1])
+  monkeypatch.setattr(head, '_weighted_nll', first)
+  wrong = set(differing(as_numbers(*one_step(tiny_store, (8, 1, 1))), one_device))
+  assert wrong & {'loss', 'nig', 'tt', 'ut'} == {'loss', 'nig'} and len(wrong) > 5
 
 
 @pytest.mark.parametrize('logical, axis', [('embed', 'fsdp'), ('model', 'model')])

@@ -87,7 +87,7 @@ def test_validation_of_many_batches_is_that_of_one(tiny_store):
 def test_meter_means_and_rates(monkeypatch):
   clock = iter([10.0, 14.0, 14.0])
   monkeypatch.setattr(time, 'monotonic', lambda: next(clock))
-  plan = type('Plan', (), {'shapes': Shapes(B=2, L=30, M=20, Q=0, E=0, S=0)})
+  plan = type('Plan', (), {'shapes': Shapes(B=2, L=30, M=20, E=0, S=0)})
   meter = Meter(plan, tiny.DECODER, jax.devices()[:1])
   for step, (spans, loss) in enumerate([(2, 1.0), (4, 2.0)]):
     meter.add(step, {'spans': np.int32(spans), 'tokens': np.int32(10 * spans), 'loss': np.float32(loss)})
