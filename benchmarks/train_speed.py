@@ -2,18 +2,25 @@
 
 Same shape, same random weights, same optimizer, same histories, rows of 512 tokens, float32, on this machine's CPU. First the
 losses of both sides on the same spans: where they differ by more than 1e-3 nothing counts. Then the ladder, rung by rung, the
-useful operations a second over the fastest float32 product of two 2048 x 2048 matrices, the time to compile, and that to the
-first step. The last line is JSON; `ratio` is `targets = all` over the plain peer with one example a prefix.
+useful operations a second over the fastest float32 product of two 2048 x 2048 matrices (measured before and after each step,
+as a shared machine's speed changes), the time to compile, and that from the start of a process to its first step, with an
+empty and with a warm compilation cache. Memory comes in huge pages, for both sides. The last line is JSON; `ratio` is
+`targets = all` over the plain peer with one example a prefix.
 
   python benchmarks/train_speed.py --data_dir DATA --name scientific2018 --vocabulary vocabulary.json [--quick]
 
---quick: 6 layers in place of 30 (minutes in place of an hour). `pip install torch transformers` first.
+--quick: 6 layers in place of 30, one batch size of the peer (a quarter of an hour in place of one). `pip install torch
+transformers` first.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -73,14 +80,13 @@ class Ours:
   """One way to train: its plan, state and step."""
 
   def __init__(self, config: DecoderConfig, corpus: Corpus, targets: str, batch_size: int, bos: bool):
-    begun = time.perf_counter()
     self.config, self.objective = config, Objective()
     self.plan = BatchPlan(corpus, batch_size=batch_size, length=LENGTH, options=RowOptions(targets=targets), seed=0)
     self.model, mesh = TwoTower(Decoder(config), self.objective, bos=bos), MeshShape(1).build(jax.devices()[:1])
     transformation = Optimizer(learning_rate=1e-4).build(1000)
     self.make_state, shardings = new_state(self.model, transformation, self.plan.shapes, 0, mesh)
     step = make_train_step(self.model, transformation, mesh, shardings)
-    self.state, self.step, self.done, self.planned = None, step, 0, time.perf_counter() - begun
+    self.state, self.step, self.done = None, step, 0
 
   def params(self) -> dict:
     return self.make_state().params['decoder']
@@ -98,10 +104,17 @@ class Ours:
     return seconds, spans, useful
 
   def measure(self, steps: int) -> dict[str, float]:
-    first = self.planned + self.run()[0]
-    seconds, spans, useful = (sum(column) for column in zip(*(self.run() for _ in range(steps)), strict=True))
+    """Speed over some steps after the first; `share` is of the product's speed around each step, the steps' median."""
+    self.run()
+    runs, peaks = [], [max(product_flops().values())]
+    for _ in range(steps):
+      runs.append(self.run())
+      peaks.append(max(product_flops().values()))
+    seconds, spans, useful = (np.asarray(column, float) for column in zip(*runs, strict=True))
     self.state = None
-    return {'spans_per_second': spans / seconds, 'flops': useful / seconds, 'first_step_seconds': first,
+    around = (np.asarray(peaks[:-1]) + np.asarray(peaks[1:])) / 2
+    return {'spans_per_second': spans.sum() / seconds.sum(), 'flops': useful.sum() / seconds.sum(), 'peak': np.median(around),
+            'share': np.median(useful / seconds / around),
             **{k: v for k, v in self.plan.report.items() if k.endswith('_fill')}}
 
 
@@ -114,6 +127,13 @@ def their_speed(peer: torch_peer.Peer, found: list[torch_peer.Example], size: in
   for batch in batches[1:]:
     peer.step(batch)
   return size * steps / (time.perf_counter() - begun)
+
+
+def their_operations(config: DecoderConfig, found: list[torch_peer.Example]) -> float:
+  """Useful operations a span where each prefix is written out: no padding, head at targets."""
+  targets = np.asarray([len(example.target) for example in found])
+  histories = np.asarray([len(example.history) for example in found])
+  return training_flops(config, np.concatenate([histories + targets, targets]), int((targets + 1).sum())) / len(found)
 
 
 def largest_difference(ours: Ours, params: dict, peers: list[torch_peer.Peer]) -> float:
@@ -140,15 +160,66 @@ def compile_seconds(config: DecoderConfig, corpus: Corpus, bos: bool) -> float:
   return time.perf_counter() - begun
 
 
+def start_up_seconds(options: argparse.Namespace, cache: str) -> float:
+  """From the start of a process to the end of its first step."""
+  command = [sys.executable, *sys.argv, '--start_up', str(time.time())]
+  done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
+                        env=os.environ | {'JAX_COMPILATION_CACHE_DIR': cache})
+  return float(done.stdout.splitlines()[-1])
+
+
+def told(name: str, value: float) -> float:
+  print(f'{name:<72} {value:8.2f} spans/s', flush=True)
+  return value
+
+
+def their_speeds(ours: Ours, options: argparse.Namespace, eos: int) -> tuple[dict[str, float], dict[str, float], float]:
+  """(spans a second of both peers, useful operations a span of theirs, largest difference of a loss from ours)."""
+  corpus, params, speed, operations = ours.plan.corpus, ours.params(), {}, {}
+  plain, strong = (torch_peer.Peer(ours.config, params, ours.objective, eos, strong) for strong in (False, True))
+  difference = largest_difference(Ours(ours.config, corpus, 'all', 2, ours.model.bos), params, [plain, strong])
+  print(f'losses differ by at most {difference:.1e}', flush=True)
+  assert difference < 1e-3, 'the two sides do not compute the same losses: no ratio counts'
+  sample = np.random.default_rng(1)
+  for targets in ('last', 'all'):
+    cut = excerpts(corpus, length=LENGTH, targets=targets, context_items=4)
+    found = torch_peer.examples(corpus, cut, sample.permutation(len(cut))[:300])
+    operations[targets] = their_operations(ours.config, found)
+    sizes = (8,) if options.quick else (4, 8, 16, 32)
+    speed[f'plain, {targets}'] = told(
+        f'plain PyTorch, targets = {targets}, one example a prefix',
+        max(their_speed(plain, found, size, max(1, options.steps * 8 // size)) for size in sizes))
+    speed[f'strong, {targets}'] = told(
+        f'strong PyTorch, targets = {targets}: nothing padded, head at targets',
+        their_speed(strong, found, 8, options.steps))
+  return speed, operations, difference
+
+
+def our_speeds(ours: Ours, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+  """The rungs of the ladder, each as `Ours.measure` has it."""
+  corpus, found = ours.plan.corpus, {}
+  def make(corpus: Corpus, targets: str) -> Ours:
+    return Ours(ours.config, corpus, targets, options.batch_size, ours.model.bos)
+  rungs = {'prefixes': ('every prefix an example: compiled, packed, head at targets',
+                        lambda: make(prefix_corpus(corpus, 2000), 'last')),
+           'last': ('targets = last', lambda: make(corpus, 'last')),
+           'all': ('targets = all: all prefixes in one pass', lambda: ours)}
+  for name, (text, run) in rungs.items():
+    if name != 'all' and options.ours_only:
+      continue
+    found[name] = run().measure(options.steps)
+    told(f'ours, {text}', found[name]['spans_per_second'])
+    print('  useful operations: {:.0f} GFLOP/s, {:.1%} of the product around each step (median {:.0f}); joint {:.1%}, alone '
+          '{:.1%} tokens'.format(found[name]['flops'] / 1e9, found[name]['share'], found[name]['peak'] / 1e9,
+                                 found[name]['joint_fill'], found[name]['alone_fill']), flush=True)
+  return found
+
+
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--data_dir', required=True, help='holds the histories folder')
-  parser.add_argument('--name', required=True, help='of the data set')
-  parser.add_argument('--vocabulary', required=True, help='vocabulary.json of SmolLM2, see `calrec import`')
-  parser.add_argument('--batch_size', type=int, default=8, help='rows of ours')
-  parser.add_argument('--steps', type=int, default=3, help='of each measurement')
-  parser.add_argument('--quick', action='store_true', help='6 layers')
-  options = parser.parse_args()
+  options = parsed()
+  if 'GLIBC_TUNABLES' not in os.environ:  # is read when a process starts
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    os.execv(sys.executable, [sys.executable, *sys.argv])
   configurables.parse([SHAPE], [], [])
   config = gin.get_configurable('calrec.decoder')()
   if options.quick:
@@ -157,56 +228,54 @@ def main() -> None:
   inputs = Inputs(data_dir=options.data_dir, mixture_or_task_name=options.name, vocabulary=vocabulary, template=ItemTemplate(),
                   task_feature_lengths={'inputs': LENGTH - 64, 'targets': 64})
   corpus, bos = inputs.corpus(inputs.load(), 'train'), vocabulary.bos_id is not None
-  peaks = product_flops()
-  peak = max(peaks.values())
-  print(f'product of 2048 x 2048: XLA {peaks["xla"] / 1e9:.0f}, torch {peaks["torch"] / 1e9:.0f} GFLOP/s', flush=True)
-
   ours = Ours(config, corpus, 'all', options.batch_size, bos)
-  params = ours.params()
-  plain, strong = (torch_peer.Peer(config, params, ours.objective, vocabulary.eos_id, strong) for strong in (False, True))
-  small = Ours(config, corpus, 'all', 2, bos)
-  difference = largest_difference(small, params, [plain, strong])
-  print(f'losses differ by at most {difference:.1e}', flush=True)
-  assert difference < 1e-3, 'the two sides do not compute the same losses: no ratio counts'
-
-  def told(name: str, value: float) -> float:
-    print(f'{name:<72} {value:8.2f} spans/s', flush=True)
-    return value
-  speed, details = {}, {}
-  sample = np.random.default_rng(1)
-  for targets in ('last', 'all'):
-    cut = excerpts(corpus, length=LENGTH, targets=targets, context_items=4)
-    found = torch_peer.examples(corpus, cut, sample.permutation(len(cut))[:300])
-    sizes = (8,) if options.quick else (4, 8, 16, 32)
-    speed[f'plain, {targets}'] = told(
-        f'plain PyTorch, targets = {targets}, one example a prefix',
-        max(their_speed(plain, found, size, max(1, options.steps * 8 // size)) for size in sizes))
-    speed[f'strong, {targets}'] = told(
-        f'strong PyTorch, targets = {targets}: nothing padded, head at targets',
-        their_speed(strong, found, 8, options.steps))
-  del plain, strong
-  prefixes = Ours(config, prefix_corpus(corpus, 2000), 'last', options.batch_size, bos)
-  speed['prefixes'] = told('ours, every prefix an example: compiled, packed, head at targets',
-                           prefixes.measure(options.steps)['spans_per_second'])
-  for targets in ('last', 'all'):
-    run = ours if targets == 'all' else Ours(config, corpus, 'last', options.batch_size, bos)
-    details[targets] = run.measure(options.steps)
-    speed[f'ours, {targets}'] = told(f'ours, targets = {targets}' + ': all prefixes in one pass' * (targets == 'all'),
-                                     details[targets]['spans_per_second'])
-    print(f'  useful operations: {details[targets]["flops"] / 1e9:.0f} GFLOP/s, {details[targets]["flops"] / peak:.1%} of the '
-          f'product; plan, compile and first step {details[targets]["first_step_seconds"]:.1f} s; joint '
-          f'{details[targets]["joint_fill"]:.1%}, alone {details[targets]["alone_fill"]:.1%} tokens', flush=True)
+  if options.start_up:
+    ours.run()
+    print(time.time() - options.start_up)
+    return
+  peaks = product_flops()
+  print(f'product of 2048 x 2048: XLA {peaks["xla"] / 1e9:.0f}, torch {peaks["torch"] / 1e9:.0f} GFLOP/s', flush=True)
+  result = {'name': 'train_speed', 'layers': config.n_layers}
+  if options.ours_only:
+    share = round(our_speeds(ours, options)['all']['share'], 3)
+    print(json.dumps(result | {'peer': 'the fastest float32 product', 'ratio': share}))
+    return
+  speed, operations, difference = their_speeds(ours, options, vocabulary.eos_id)
+  found = our_speeds(ours, options)
+  speed |= {f'ours, {name}': of['spans_per_second'] for name, of in found.items()}
+  a_span = found['all']['flops'] / found['all']['spans_per_second']
+  bound = found['all']['peak'] / a_span
+  print(f'useful operations a span, targets = all: {a_span / 1e9:.0f} G here, {operations["all"] / 1e9:.0f} G with prefixes '
+        f'written out; with no other cost than these, at the speed of the product: {bound:.1f} spans/s', flush=True)
   compiled = {layers: compile_seconds(dataclasses.replace(config, n_layers=layers), corpus, bos) for layers in (6, 30)}
   print(f'compile: {compiled[6]:.1f} s for 6 layers, {compiled[30]:.1f} s for 30', flush=True)
-  print(json.dumps({
-      'name': 'train_speed', 'peer': 'plain PyTorch with transformers', 'layers': config.n_layers,
-      'ratio': round(speed['ours, all'] / speed['plain, all'], 2),
+  with tempfile.TemporaryDirectory() as cache:
+    start_up = {name: start_up_seconds(options, cache) for name in ('empty', 'warm')}
+  print(f'start of a process to the end of its first step: {start_up["empty"]:.0f} s with an empty compilation cache, '
+        f'{start_up["warm"]:.0f} s with a warm one', flush=True)
+  print(json.dumps(result | {
+      'peer': 'plain PyTorch with transformers', 'ratio': round(speed['ours, all'] / speed['plain, all'], 2),
       'last_over_plain': round(speed['ours, last'] / speed['plain, last'], 2),
       'all_over_strong': round(speed['ours, all'] / speed['strong, all'], 2),
-      'useful_share_of_peak': round(details['all']['flops'] / peak, 3), 'losses_differ_by': difference,
+      'useful_share_of_peak': round(found['all']['share'], 3),
+      'ratio_at_a_share_of_one': round(bound / speed['plain, all'], 2),
+      'all_over_strong_at_a_share_of_one': round(bound / speed['strong, all'], 2), 'losses_differ_by': difference,
       'compile_30_over_6': round(compiled[30] / compiled[6], 2),
-      'first_step_seconds': round(details['all']['first_step_seconds'], 1),
+      'first_step_seconds': {name: round(seconds, 1) for name, seconds in start_up.items()},
       'spans_per_second': {name: round(value, 3) for name, value in speed.items()}}))
+
+
+def parsed() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--data_dir', required=True, help='holds the histories folder')
+  parser.add_argument('--name', required=True, help='of the data set')
+  parser.add_argument('--vocabulary', required=True, help='vocabulary.json of SmolLM2, see `calrec import`')
+  parser.add_argument('--batch_size', type=int, default=16, help='rows of ours')
+  parser.add_argument('--steps', type=int, default=3, help='of each measurement')
+  parser.add_argument('--quick', action='store_true', help='6 layers')
+  parser.add_argument('--ours_only', action='store_true', help='the useful share of the peak alone, without PyTorch')
+  parser.add_argument('--start_up', type=float, help=argparse.SUPPRESS)  # when the process was begun
+  return parser.parse_args()
 
 
 if __name__ == '__main__':

@@ -73,4 +73,5 @@ class Inputs:
         'mixture_or_task_name': self.mixture_or_task_name, 'vocabulary': self.vocabulary.fingerprint,
         'template': {'fields': list(self.template.fields), 'unknown': self.template.unknown},
         'task_feature_lengths': dict(self.task_feature_lengths),
-        'data': {source.histories.name: source.histories.fingerprint for source in sources}}
+        'data': {source.histories.name: source.histories.fingerprint for source in sources},
+        'rates': {source.histories.name: float(source.rate) for source in sources}}

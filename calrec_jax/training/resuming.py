@@ -34,10 +34,10 @@ def _check_changes(model_dir: pathlib.Path, there: dict[str, Any], here: dict[st
   """Raises UserError where a run in this folder was begun with other data or settings, unless that is allowed."""
   def facts(found: dict[str, Any]) -> dict[str, Any]:
     factors = {name: value for name, value in found['decoder'].items() if name.startswith('lora')}
-    known = ('data', 'task_feature_lengths', 'seed', 'optimizer', 'frozen')
+    known = ('data', 'rates', 'task_feature_lengths', 'seed', 'optimizer', 'frozen')
     chosen = found.get('settings', {})
     averages = chosen.get('optimizer.average_decay', 0) > 0
-    return {name: found[name] for name in known} | {'decoder': factors, 'averages': averages} | chosen
+    return {name: found[name] for name in known if name in found} | {'decoder': factors, 'averages': averages} | chosen
   old, new = facts(there), facts(here)
   changed = {name: f'{name} is {old[name]} there, {new[name]} here' for name in old if name in new and old[name] != new[name]}
   if not changed:

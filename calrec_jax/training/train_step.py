@@ -97,14 +97,14 @@ def make_train_step(model: TwoTower, optimizer: optax.GradientTransformation, me
     return TrainState(state.step + 1, state.rng, trainable.join(fixed, params), opt_state, average), metrics
   return _on_mesh(jax.jit(train_step, in_shardings=(shardings, partitioning.batch_sharding(mesh)),
                           out_shardings=(shardings, NamedSharding(mesh, P())), donate_argnums=0,
-                          compiler_options=_compiler_options()), mesh)
+                          compiler_options=_compiler_options(mesh.devices.flat[0].platform)), mesh)
 
 
 @functools.cache
-def _compiler_options() -> dict[str, str]:
+def _compiler_options(platform: str) -> dict[str, str]:
   """On CPU, XLA's own products: those of the YNN library share the cores badly with what runs beside them in a step."""
   options = {'xla_cpu_experimental_ynn_fusion_type': ''}
-  if jax.default_backend() != 'cpu':
+  if platform != 'cpu':
     return {}
   try:
     jax.jit(lambda: 0, compiler_options=options).lower().compile()

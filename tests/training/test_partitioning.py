@@ -138,14 +138,14 @@ def test_the_state_of_an_optimizer_is_sharded_like_its_parameter(tiny_store):
 
 CHILD = '''
 import json, os, sys
-rank, port, tests, store, model_dir, out = sys.argv[1:]
+rank, processes, port, tests, store, model_dir, out = sys.argv[1:]
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4')
+os.environ['XLA_FLAGS'] = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={8 // int(processes)}')
 sys.path[:0] = [tests, tests + '/training']
 import jax
 jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=2, process_id=int(rank))
+jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=int(processes), process_id=int(rank))
 import pathlib
 import numpy as np
 from jax.experimental import multihost_utils
@@ -162,38 +162,51 @@ gathered = multihost_utils.process_allgather(gradients, tiled=True)
 numbers = test_partitioning.as_numbers(jax.device_get(metrics), gathered)
 if rank == '0':
   np.savez(out + '.npz', **numbers)
-validation = tiny.train(pathlib.Path(store), pathlib.Path(model_dir), train_steps=2, mesh=MeshShape(2, 2, 2))
+validation = None
+if processes == '2':
+  validation = tiny.train(pathlib.Path(store), pathlib.Path(model_dir), train_steps=2, mesh=MeshShape(2, 2, 2))
 pathlib.Path(f'{out}.{rank}.json').write_text(json.dumps({'built': sorted(built), 'validation': validation}))
 '''
 
 
-@pytest.mark.slow
-def test_two_processes_are_one(tiny_store, one_device, tmp_path):
+def in_processes(number: int, store: pathlib.Path, folder: pathlib.Path) -> tuple[dict[str, np.ndarray], list[dict]]:
+  """Runs `CHILD` in so many processes: (numbers of a step, each process's report)."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = str(probe.getsockname()[1])
-  child = tmp_path / 'child.py'
+  child, out, ranks = folder / 'child.py', folder / 'numbers', [str(rank) for rank in range(number)]
   child.write_text(CHILD)
-  out, model_dir = tmp_path / 'numbers', tmp_path / 'run'
-  logs = [open(tmp_path / f'log{rank}', 'w') for rank in '01']
-  processes = [subprocess.Popen([sys.executable, child, rank, port, TESTS, tiny_store, model_dir, out], stdout=log,
-                                stderr=subprocess.STDOUT) for rank, log in zip('01', logs, strict=True)]
+  logs = [open(folder / f'log{rank}', 'w') for rank in ranks]
+  processes = [subprocess.Popen([sys.executable, child, rank, str(number), port, TESTS, store, folder / 'run', out], stdout=log,
+                                stderr=subprocess.STDOUT) for rank, log in zip(ranks, logs, strict=True)]
   try:
     codes = [process.wait(timeout=240) for process in processes]
   finally:
     for process in processes:
       process.kill()
-  assert codes == [0, 0], '\n'.join((tmp_path / f'log{rank}').read_text()[-3000:] for rank in '01')
-  assert differing(dict(np.load(f'{out}.npz')), one_device) == []
-  reports = [json.loads(pathlib.Path(f'{out}.{rank}.json').read_text()) for rank in '01']
+  assert codes == [0] * number, '\n'.join((folder / f'log{rank}').read_text()[-3000:] for rank in ranks)
+  return dict(np.load(f'{out}.npz')), [json.loads(pathlib.Path(f'{out}.{rank}.json').read_text()) for rank in ranks]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tiny_store, one_device, tmp_path):
+  numbers, reports = in_processes(2, tiny_store, tmp_path)
+  assert differing(numbers, one_device) == []
   # Each process built its own half of the rows, and no other.
   assert [sorted(map(tuple, report['built'])) for report in reports] == [[(0, 2), (2, 4)], [(4, 6), (6, 8)]]
   # A whole run, with its checkpoint, is one process's.
   alone = tiny.train(tiny_store, tmp_path / 'alone', train_steps=2)
   for report in reports:
     assert report['validation'] == pytest.approx(alone, rel=1e-4)
-  again = tiny.train(tiny_store, model_dir, train_steps=2, mesh=MeshShape(1, 2, 4))  # nothing left to do, but to restore
+  again = tiny.train(tiny_store, tmp_path / 'run', train_steps=2, mesh=MeshShape(1, 2, 4))  # nothing left but to restore
   assert again == {}
+
+
+@pytest.mark.slow
+def test_four_processes_are_one(tiny_store, one_device, tmp_path):
+  numbers, reports = in_processes(4, tiny_store, tmp_path)
+  assert differing(numbers, one_device) == []
+  assert [report['built'] for report in reports] == [[[0, 2]], [[2, 4]], [[4, 6]], [[6, 8]]]
 
 
 @pytest.mark.parametrize('shape', [(3, 1, 1), (-1, -1, 1), (0, 1, 1), (-1, 3, 1), (2, 2, 1), (-2, 1, 1), (16, 1, 1)])

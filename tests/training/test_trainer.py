@@ -141,6 +141,11 @@ def test_another_setting_in_one_folder_is_refused(tiny_store, finished, changes,
   assert sorted((finished / 'checkpoints').iterdir()) == before
 
 
+def test_other_rates_of_a_mixture_are_refused(tiny_store, finished):
+  with pytest.raises(UserError, match="begun with other rates .*'games': 2.78.* there, .*'games': 30.0.* here"):
+    tiny.train(tiny_store, finished, inputs=tiny.inputs(tiny_store, exponent=1.0))
+
+
 def test_another_setting_is_taken_where_it_is_allowed(tiny_store, finished, tmp_path):
   copy = shutil.copytree(finished, tmp_path / 'run')
   tiny.train(tiny_store, copy, train_steps=STEPS + 2, allow_changes=True)

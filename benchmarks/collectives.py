@@ -1,0 +1,98 @@
+"""What crosses chips in a training step, compiled for TPU topologies on a machine without a TPU: the table of docs/scaling.md.
+
+Rows a device are fixed, so the batch grows with the devices. Each collective is counted as often as its loop runs it. There is
+no peer: the ratio is bytes that the largest of the topologies moves for embeddings over what `O(global spans x D)` says.
+
+  python benchmarks/collectives.py [--quick] [--topology v5e:2x4:8,1,1 ...]      (pip install 'jax[tpu]' first)
+
+A topology is NAME:SHAPE:DATA,FSDP,MODEL. --quick: 8 devices only. Prints one JSON object as its last line.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+
+os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+               'TPU_WORKER_HOSTNAMES': 'localhost'}
+
+import gin  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from calrec_jax import configurables  # noqa: E402
+from calrec_jax.models.decoder import Decoder  # noqa: E402
+from calrec_jax.models.decoder_config import DecoderConfig  # noqa: E402
+from calrec_jax.models.losses import Objective  # noqa: E402
+from calrec_jax.models.two_tower import TwoTower  # noqa: E402
+from calrec_jax.text.rows import Shapes  # noqa: E402
+from calrec_jax.training import partitioning  # noqa: E402
+from calrec_jax.training.collectives import Collective, collectives  # noqa: E402
+from calrec_jax.training.optimizer import Optimizer  # noqa: E402
+from calrec_jax.training.partitioning import MeshShape  # noqa: E402
+from calrec_jax.training.train_step import make_train_step, new_state  # noqa: E402
+
+TOPOLOGIES = ('v5e:2x4:8,1,1', 'v5e:2x4:1,8,1', 'v5e:2x4:2,2,2', 'v5e:8x8:64,1,1', 'v5e:8x8:8,8,1', 'v5e:16x16:256,1,1',
+              'v5e:16x16:16,16,1')
+WHAT = ('embeddings', 'parameters', 'gradients', 'activations', 'rest')
+
+
+def what(one: Collective, shapes: Shapes, width: int) -> str:
+  """What a collective moves, by where the compiler says it comes from."""
+  if one.bytes < 4096:
+    return 'rest'
+  of_spans = {shapes.B * shapes.E, shapes.B * shapes.S}
+  if '/layers/' not in one.source and any(
+      shape[-1:] == (width,) and int(np.prod(shape[:-1])) in of_spans for _, shape in one.shapes):
+    return 'embeddings'
+  if any(len(shape) > 2 and shape[-1] == width and {shapes.L, shapes.M} & set(shape) for _, shape in one.shapes):
+    return 'activations'
+  return 'gradients' if one.kind in ('all-reduce', 'reduce-scatter') else 'parameters'
+
+
+def compiled_collectives(config: DecoderConfig, shapes: Shapes, mesh: jax.sharding.Mesh) -> list[Collective]:
+  """Those of a training step."""
+  model, optimizer = TwoTower(Decoder(config), Objective()), Optimizer().build(1000)
+  make_state, shardings = new_state(model, optimizer, shapes, 0, mesh)
+  rows = partitioning.batch_sharding(mesh)
+  batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.features().items()}
+  state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(make_state), shardings)
+  return list(collectives(make_train_step(model, optimizer, mesh, shardings).lower(state, batch).compile().as_text()))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--model', default='gin/models/smollm2_135m.gin')
+  parser.add_argument('--topology', action='append', default=[])
+  parser.add_argument('--rows', type=int, default=8, help='of a device')
+  parser.add_argument('--quick', action='store_true', help='8 devices only')
+  parser.add_argument('--list', action='store_true', help='every collective')
+  options = parser.parse_args()
+  configurables.parse([options.model], [], [])
+  config = dataclasses.replace(gin.get_configurable('calrec.decoder')(), dtype='bfloat16')
+  if config.vocab_size is None:
+    config = dataclasses.replace(config, vocab_size=49152)
+  print('| topology | mesh | ' + ' | '.join(f'{name}, MB' for name in WHAT) + ' |\n|---|---|' + '---|' * len(WHAT))
+  ratio = None
+  for wanted in options.topology or (TOPOLOGIES[:3] if options.quick else TOPOLOGIES):
+    name, shape, axes = wanted.split(':')
+    devices = topologies.get_topology_desc(platform='tpu', topology_name=f'{name}:{shape}').devices
+    mesh = MeshShape(*map(int, axes.split(','))).build(list(devices))
+    B = options.rows * mesh.shape['data'] * mesh.shape['fsdp']
+    shapes = Shapes(B=B, L=1024, M=512, E=16, S=16)
+    found = compiled_collectives(config, shapes, mesh)
+    moved = collections.Counter()
+    for one in found:
+      times = config.n_layers if '/layers/' in one.source else 1
+      moved[what(one, shapes, config.embed_dim)] += times * one.bytes
+      if options.list:
+        print(times, one.kind, one.bytes, one.shapes[:3], one.source[-100:])
+    print(f'| {name}:{shape} | {axes} | ' + ' | '.join(f'{moved[kind] / 1e6:,.2f}' for kind in WHAT) + ' |', flush=True)
+    ratio = moved['embeddings'] / (B * (shapes.E + shapes.S) * config.embed_dim * 4)
+  print(json.dumps({'name': 'collectives', 'peer': 'global spans and texts x D in float32', 'ratio': round(ratio, 3)}))
+
+
+if __name__ == '__main__':
+  main()
