@@ -49,7 +49,8 @@ class DecoderConfig:
     dropout: rate on the output of each block's two halves, in training only.
     dtype: computation; `float32`, `bfloat16`, or `auto` (bfloat16 on accelerators, float32 on CPU).
     param_dtype: the parameters; updates are rounded to `bfloat16` at random, without bias.
-    remat: `none`, `dots` or `full`: what the backward pass recomputes.
+    remat: what the backward pass computes anew: `none` (no product, only what lies between them), `dots` (attention too) or
+      `full` (the whole layer).
     lora_rank: 0: all weights are trained. Else the projections named in `lora_targets` each get two factors of this rank, and
       only these are trained (Hu et al. 2021).
     lora_alpha: the factors' product is multiplied by lora_alpha / lora_rank.

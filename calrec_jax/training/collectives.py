@@ -33,13 +33,22 @@ class Collective:
 
 
 def collectives(compiled_text: str) -> Iterator[Collective]:
-  """The collectives in a program's text (`compiled.as_text()`)."""
+  """The collectives in a program's text (`compiled.as_text()`).
+
+  One that runs beside other work stands there several times, in parts, all with its channel: it is given once.
+  """
+  channels = set()
   for line in compiled_text.splitlines():
     if not (match := _LINE.search(line)):
       continue
+    channel = re.search(r'channel_id=(\d+)', line)
+    if channel and channel[1] in channels:
+      continue
+    channels |= {channel[1]} if channel else set()
     shapes = tuple((dtype, tuple(int(size) for size in sizes.split(',') if size))
                    for dtype, sizes in _SHAPE.findall(match['shapes']) if dtype in _BYTES)
-    if '-start(' in line and match['kind'] != 'all-reduce':  # its tuple holds the operands too
+    if '-start(' in line and match['kind'] != 'all-reduce':  # its tuple holds the operands too, a permutation's two handles
+      shapes = shapes[:-2] if match['kind'] == 'collective-permute' else shapes
       shapes = shapes[len(shapes) // 2:]
     source = re.search(r'op_name="([^"]*)"', match['rest'])
     yield Collective(match['kind'], shapes, source[1] if source else '')

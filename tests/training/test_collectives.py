@@ -82,8 +82,11 @@ def test_a_line_of_a_program_is_read():
   %c = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), dimensions={0}
   %d = f32[8]{0} all-gather-done(%c)
   %e = f32[8]{0} add(%c, %d)
+  %g = (bf16[4,2]{1,0}, bf16[4,2]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=2
+  %f = f32[8,16]{1,0} all-gather(%y), channel_id=1, metadata={op_name="jit(step)/gather"}
 '''
-  first, second, third = collectives(text)
+  first, second, third, fourth = collectives(text)
   assert (first.kind, first.bytes, first.source) == ('all-gather', 512, 'jit(step)/gather')
   assert (second.kind, second.bytes) == ('all-reduce', 28)
   assert third.shapes == (('f32', (8,)),)
+  assert (fourth.kind, fourth.shapes) == ('collective-permute', (('bf16', (4, 2)),))
