@@ -34,7 +34,7 @@ from calrec_jax.training.optimizer import Optimizer  # noqa: E402
 from calrec_jax.training.partitioning import MeshShape  # noqa: E402
 from calrec_jax.training.train_step import make_train_step, new_state  # noqa: E402
 
-TOPOLOGIES = ('v5e:2x4:8,1,1', 'v5e:2x4:1,8,1', 'v5e:8x8:64,1,1', 'v5e:16x16:256,1,1')
+TOPOLOGIES = ('v5e:2x4:8,1,1', 'v5e:2x4:1,8,1', 'v5e:8x8:64,1,1', 'v5e:16x16:256,1,1', 'v5p:8x8x16:1024,1,1')
 WHAT = ('embeddings', 'parameters', 'gradients', 'activations', 'rest')
 
 

@@ -68,4 +68,4 @@ def test_the_description_tells_what_the_data_was(tiny_store):
   assert inputs.description(sources) == {
       'mixture_or_task_name': 'games', 'vocabulary': inputs.vocabulary.fingerprint,
       'template': {'fields': ['title', 'category', 'brand', 'price'], 'unknown': 'write'},
-      'task_feature_lengths': tiny.LENGTHS, 'data': {'games': sources[0].histories.fingerprint}}
+      'task_feature_lengths': tiny.LENGTHS, 'data': {'games': sources[0].histories.fingerprint}, 'rates': {'games': 1.0}}

@@ -70,7 +70,7 @@ def test_weight_decay_leaves_norm_scales_and_biases_alone():
 
 def test_the_decoder_has_no_other_vectors_than_norm_scales():
   model = TwoTower(Decoder(dataclasses.replace(tiny.DECODER, vocab_size=128)), tiny.OBJECTIVE)
-  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), Shapes(1, 8, 8, 1, 1, 1)))
+  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), Shapes(1, 8, 8, 1, 1)))
   boxes = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: hasattr(x, 'names'))
   vectors = {jax.tree_util.keystr(path) for path, box in boxes if set(box.names) <= {'layers', 'norm'}}
   assert vectors == {jax.tree_util.keystr(path) for path, _ in boxes if 'scale' in jax.tree_util.keystr(path)} != set()
