@@ -17,6 +17,10 @@ _CACHE = os.environ.get('CALREC_TEST_CACHE') or pathlib.Path.home() / '.cache/ca
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_CACHE)
 os.environ['JAX_COMPILATION_CACHE_MAX_SIZE'] = str(2**30)  # bytes; the oldest entries go first
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+# An entry whose second file is missing (its writer was killed between the two) keeps jax from writing any other.
+for _entry in pathlib.Path(_CACHE).glob('*-cache'):
+  if not _entry.with_name(_entry.name.removesuffix('-cache') + '-atime').exists():
+    _entry.unlink(missing_ok=True)
 os.environ['PATH'] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get('PATH', '')])
 
 import jax  # noqa: E402

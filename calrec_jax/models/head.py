@@ -7,7 +7,6 @@ block's gradient is formed with its loss, while the logits are there: three prod
 Axes: B rows, L length, D embed, V vocabulary; G devices that rows lie on, N = B · L / G positions of each, C of them a block.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -18,14 +17,6 @@ import jax.numpy as jnp
 from calrec_jax.models.layers import product, softcap
 
 BLOCK = 512  # positions of a device at once
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-  """What a program is compiled for."""
-
-  block: int
-  cap: float | None
 
 
 def weighted_nll(hidden_BLD: jax.Array, table_VD: jax.Array, labels_BL: jax.Array, weights_BL: jax.Array, *,
@@ -43,7 +34,7 @@ def weighted_nll(hidden_BLD: jax.Array, table_VD: jax.Array, labels_BL: jax.Arra
   B, L, D = hidden_BLD.shape
   G = math.gcd(_batch_devices(), B)
   rows = lambda x: nn.with_logical_constraint(x.reshape(G, B * L // G, *x.shape[2:]), ('batch', *(None,) * (x.ndim - 1)))
-  return _weighted_nll(_Static(min(block, B * L // G), cap), rows(hidden_BLD), table_VD, rows(labels_BL), rows(weights_BL))
+  return _weighted_nll(min(block, B * L // G), cap, rows(hidden_BLD), table_VD, rows(labels_BL), rows(weights_BL))
 
 
 def _batch_devices() -> int:
@@ -53,28 +44,26 @@ def _batch_devices() -> int:
   return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_nll(static: _Static, hidden_GND: jax.Array, table_VD: jax.Array, labels_GN: jax.Array,
-                  weights_GN: jax.Array) -> jax.Array:
-  return _blocks(static, hidden_GND, table_VD, labels_GN, weights_GN, gradient=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted_nll(block, cap, hidden_GND, table_VD, labels_GN, weights_GN):
+  return _blocks(block, cap, hidden_GND, table_VD, labels_GN, weights_GN, gradient=False)[0]
 
 
-def _forward(static, hidden_GND, table_VD, labels_GN, weights_GN):
-  total, grads = _blocks(static, hidden_GND, table_VD, labels_GN, weights_GN, gradient=True)
-  return total, grads
+def _forward(block, cap, hidden_GND, table_VD, labels_GN, weights_GN):
+  return _blocks(block, cap, hidden_GND, table_VD, labels_GN, weights_GN, gradient=True)
 
 
-def _backward(static, grads, ct):
-  return *jax.tree.map(lambda g: (g * ct).astype(g.dtype), grads), None, None
+def _backward(block, cap, grads, slope):
+  return *jax.tree.map(lambda grad: (grad * slope).astype(grad.dtype), grads), None, None
 
 
 _weighted_nll.defvjp(_forward, _backward)
 
 
-def _blocks(static: _Static, hidden_GND: jax.Array, table_VD: jax.Array, labels_GN: jax.Array, weights_GN: jax.Array, *,
-            gradient: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+def _blocks(C: int, cap: float | None, hidden_GND: jax.Array, table_VD: jax.Array, labels_GN: jax.Array, weights_GN: jax.Array,
+            *, gradient: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
   """The sum, and its gradients in the hidden states and the table."""
-  (G, N, D), V, C = hidden_GND.shape, len(table_VD), static.block
+  (G, N, D), V = hidden_GND.shape, len(table_VD)
   table = nn.with_logical_constraint(table_VD.astype(hidden_GND.dtype), ('vocab', None))  # gathered once, not a block
   pick = lambda x_GN, at_GC: jnp.take_along_axis(x_GN, at_GC, axis=1, mode='fill', fill_value=0)
   pick_states = lambda x_GND, at_GC: jnp.take_along_axis(x_GND, at_GC[..., None], axis=1, mode='fill', fill_value=0)
@@ -92,7 +81,7 @@ def _blocks(static: _Static, hidden_GND: jax.Array, table_VD: jax.Array, labels_
     hidden_GCD, weights_GC = pick_states(hidden_GND, at_GC), pick(weights_GN, at_GC)
     # The vocabulary comes first: products and sums over it run at twice the speed on CPU.
     logits_VGC = product(table, hidden_GCD.reshape(G * C, D).T, 1, jnp.float32).reshape(V, G, C)
-    logits_VGC = softcap(nn.with_logical_constraint(logits_VGC, ('vocab', 'batch', None)), static.cap)
+    logits_VGC = softcap(nn.with_logical_constraint(logits_VGC, ('vocab', 'batch', None)), cap)
     # The label's logit is picked by a comparison, not by an index: with the vocabulary over several devices each one sums
     # what it has, and no device holds all logits of a token.
     is_label_VGC = jax.lax.broadcasted_iota(jnp.int32, logits_VGC.shape, 0) == pick(labels_GN, at_GC)[None]
@@ -102,8 +91,8 @@ def _blocks(static: _Static, hidden_GND: jax.Array, table_VD: jax.Array, labels_
     if not gradient:
       return total_G, grads
     slopes_VGC = weights_GC[None] * (jnp.exp(logits_VGC - norm_GC[None]) - is_label_VGC)
-    if static.cap is not None:
-      slopes_VGC *= 1 - jnp.square(logits_VGC / static.cap)
+    if cap is not None:
+      slopes_VGC *= 1 - jnp.square(logits_VGC / cap)
     slopes_VGC = slopes_VGC.astype(hidden_GND.dtype)
     of_targets_GND, of_table_GVD = grads
     of_hidden_GCD = product(slopes_VGC.reshape(V, G * C).T, table, 1).reshape(G, C, D)

@@ -101,6 +101,8 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   """
   device_mesh = mesh.build()
   partitioning.check_batch_size(batch_size, device_mesh, microbatches)
+  if head_block < 1:
+    raise UserError(f'train.head_block = {head_block}: give at least 1.')
   resuming.check_folder(model_dir)
   sources = inputs.load()
   decoder = with_vocabulary(decoder, inputs)

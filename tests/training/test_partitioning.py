@@ -109,7 +109,7 @@ def test_a_loss_over_own_rows_only_is_noticed(tiny_store, one_device, monkeypatc
 
 def test_a_head_that_forgets_the_other_devices_is_noticed(tiny_store, one_device, monkeypatch):
   plain = head._weighted_nll
-  first = lambda static, hidden, table, labels, weights: plain(static, hidden[:1], table, labels[:1], weights[:1])
+  first = lambda block, cap, hidden, table, *of_rows: plain(block, cap, hidden[:1], table, *(x[:1] for x in of_rows))
   monkeypatch.setattr(head, '_weighted_nll', first)
   wrong = set(differing(as_numbers(*one_step(tiny_store, (8, 1, 1))), one_device))
   assert wrong & {'loss', 'nig', 'tt', 'ut'} == {'loss', 'nig'} and len(wrong) > 5

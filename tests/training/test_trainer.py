@@ -141,6 +141,12 @@ def test_another_setting_in_one_folder_is_refused(tiny_store, finished, changes,
   assert sorted((finished / 'checkpoints').iterdir()) == before
 
 
+def test_a_head_without_positions_is_refused(tiny_store, tmp_path):
+  with pytest.raises(UserError, match='train.head_block = 0: give at least 1'):
+    tiny.train(tiny_store, tmp_path / 'run', head_block=0)
+  assert not (tmp_path / 'run').exists()
+
+
 def test_other_rates_of_a_mixture_are_refused(tiny_store, finished):
   with pytest.raises(UserError, match="begun with other rates .*'games': 2.78.* there, .*'games': 30.0.* here"):
     tiny.train(tiny_store, finished, inputs=tiny.inputs(tiny_store, exponent=1.0))
