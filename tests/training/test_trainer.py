@@ -148,7 +148,7 @@ def test_a_head_without_positions_is_refused(tiny_store, tmp_path):
 
 
 def test_other_rates_of_a_mixture_are_refused(tiny_store, finished):
-  with pytest.raises(UserError, match="begun with other rates .*'games': 2.78.* there, .*'games': 30.0.* here"):
+  with pytest.raises(UserError, match="begun with other rates .*'games': 0.478.* there, .*'games': 0.428.* here"):
     tiny.train(tiny_store, finished, inputs=tiny.inputs(tiny_store, exponent=1.0))
 
 
