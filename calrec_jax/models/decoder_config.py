@@ -9,7 +9,7 @@ from calrec_jax.errors import UserError
 
 # What of a layer is kept for the backward pass. What lies between products costs more to keep than to compute anew.
 REMAT_POLICIES = {
-    'none': jax.checkpoint_policies.save_only_these_names('product', 'attention'),  # no product is computed twice
+    'none': jax.checkpoint_policies.save_only_these_names('product', 'attention'),  # no weight's product is computed twice
     'dots': jax.checkpoint_policies.save_only_these_names('product'),  # attention is
     'full': jax.checkpoint_policies.nothing_saveable,
 }
@@ -49,8 +49,8 @@ class DecoderConfig:
     dropout: rate on the output of each block's two halves, in training only.
     dtype: computation; `float32`, `bfloat16`, or `auto` (bfloat16 on accelerators, float32 on CPU).
     param_dtype: the parameters; updates are rounded to `bfloat16` at random, without bias.
-    remat: what the backward pass computes anew: `none` (no product, only what lies between them), `dots` (attention too) or
-      `full` (the whole layer).
+    remat: what the backward pass computes anew: `none` (what lies between products, and scores), `dots` (all of attention
+      too) or `full` (the whole layer).
     lora_rank: 0: all weights are trained. Else the projections named in `lora_targets` each get two factors of this rank, and
       only these are trained (Hu et al. 2021).
     lora_alpha: the factors' product is multiplied by lora_alpha / lora_rank.
