@@ -65,6 +65,7 @@ def compiled_collectives(config: DecoderConfig, shapes: Shapes, mesh: jax.shardi
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--model', default='gin/models/smollm2_135m.gin')
+  parser.add_argument('--vocab_size', type=int, default=49_152, help="where the model's file leaves it to the vocabulary")
   parser.add_argument('--topology', action='append', default=[])
   parser.add_argument('--rows', type=int, default=8, help='of a device')
   parser.add_argument('--quick', action='store_true', help='8 devices only')
@@ -73,7 +74,7 @@ def main() -> None:
   configurables.parse([options.model], [], [])
   config = dataclasses.replace(gin.get_configurable('calrec.decoder')(), dtype='bfloat16')
   if config.vocab_size is None:
-    config = dataclasses.replace(config, vocab_size=49152)
+    config = dataclasses.replace(config, vocab_size=options.vocab_size)
   print('| topology | mesh | ' + ' | '.join(f'{name}, MB' for name in WHAT) + ' |\n|---|---|' + '---|' * len(WHAT))
   ratio = None
   for wanted in options.topology or (TOPOLOGIES[:2] if options.quick else TOPOLOGIES):

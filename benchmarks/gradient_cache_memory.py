@@ -30,6 +30,7 @@ from calrec_jax.models.losses import Objective
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.batches import BatchPlan, RowOptions
 from calrec_jax.text.corpus import Corpus
+from calrec_jax.text.rows import Shapes
 from calrec_jax.text.templates import ItemTemplate
 from calrec_jax.text.vocabularies import load_vocabulary
 from calrec_jax.training.inputs import Inputs
@@ -41,15 +42,21 @@ LENGTHS = {'inputs': 496, 'targets': 16}  # short items, many targets a row
 MICROBATCHES = (8, 32)
 
 
+def first_batch(corpus: Corpus, rows: int) -> tuple[Shapes, dict[str, np.ndarray], int]:
+  """(its sizes, its arrays, its spans)."""
+  plan = BatchPlan(corpus, batch_size=rows, length=sum(LENGTHS.values()), options=RowOptions(window_steps=2), seed=0)
+  batch = plan.batch(0)
+  return plan.shapes, batch, int((batch['span_texts'] > 0).sum())
+
+
 class Step:
   """A step on the first batch, in microbatches; its optimizer keeps the gradient."""
 
   def __init__(self, config: DecoderConfig, corpus: Corpus, rows: int, microbatches: int):
-    plan = BatchPlan(corpus, batch_size=rows, length=sum(LENGTHS.values()), options=RowOptions(window_steps=2), seed=0)
+    shapes, self.batch, self.spans = first_batch(corpus, rows)
     model, mesh = TwoTower(Decoder(config), Objective(alpha=0.3, beta=0.2)), MeshShape(1).build(jax.devices()[:1])
-    self.make_state, shardings = new_state(model, optax.trace(0.0), plan.shapes, 0, mesh)
+    self.make_state, shardings = new_state(model, optax.trace(0.0), shapes, 0, mesh)
     self.step = make_train_step(model, optax.trace(0.0), mesh, shardings, microbatches=microbatches)
-    self.batch, self.spans = plan.batch(0), int((plan.batch(0)['span_texts'] > 0).sum())
 
   def compiled_bytes(self) -> int:
     memory = self.step.lower(jax.eval_shape(self.make_state), self.batch).compile().memory_analysis()
@@ -65,8 +72,7 @@ class Step:
 def rows_for(corpus: Corpus) -> int:
   """The least multiple of 32 rows whose first batch holds `SPANS` spans."""
   for rows in range(32, 1024, 32):
-    plan = BatchPlan(corpus, batch_size=rows, length=sum(LENGTHS.values()), options=RowOptions(window_steps=2), seed=0)
-    if (plan.batch(0)['span_texts'] > 0).sum() >= SPANS:
+    if first_batch(corpus, rows)[2] >= SPANS:
       return rows
   raise SystemExit(f'No batch of up to 1,024 rows holds {SPANS} spans.')
 

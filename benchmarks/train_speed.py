@@ -273,7 +273,7 @@ def parsed() -> argparse.Namespace:
   parser.add_argument('--batch_size', type=int, default=16, help='rows of ours')
   parser.add_argument('--steps', type=int, default=3, help='of each measurement')
   parser.add_argument('--quick', action='store_true', help='6 layers')
-  parser.add_argument('--ours_only', action='store_true', help='the useful share of the peak alone, without PyTorch')
+  parser.add_argument('--ours_only', action='store_true', help='the useful share of the peak alone, without the peers')
   parser.add_argument('--start_up', type=float, help=argparse.SUPPRESS)  # when the process was begun
   return parser.parse_args()
 
