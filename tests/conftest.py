@@ -10,8 +10,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Without the second flag a program of several CPU devices that comes out of the compilation cache (below) may run its
 # collectives in another order on each device, and never ends (seen with jax 0.10.2).
+# The last two: programs of tiny arrays take far longer to compile than to run; this way a third of it.
 os.environ['XLA_FLAGS'] = (f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8 '
-                           '--xla_cpu_enable_concurrency_optimized_scheduler=false').strip()
+                           '--xla_cpu_enable_concurrency_optimized_scheduler=false '
+                           '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1').strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 _CACHE = os.environ.get('CALREC_TEST_CACHE') or pathlib.Path.home() / '.cache/calrec_jax_tests'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_CACHE)

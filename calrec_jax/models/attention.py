@@ -29,6 +29,7 @@ class Whole:
 
   positions: jax.Array  # int32 [B, L]
   mask: jax.Array  # bool [B, S, L], keys first: whether a key is seen by a query
+  longest: int | None = flax.struct.field(pytree_node=False, default=None)  # no segment has more tokens; None: unknown
 
 
 @flax.struct.dataclass
@@ -93,7 +94,7 @@ class Attention(nn.Module):
       cache = Cache(k_BLGK, v_BLGK)
       back_BSL = where.positions[:, None, :] - where.positions[:, :, None]
       attended_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, where.mask & near(back_BSL, c.window, local),
-                             scale=c.attention_scale, cap=c.attention_softcap)
+                             scale=c.attention_scale, cap=c.attention_softcap, longest=where.longest)
     else:
       prefix, suffix = caches
       cache = Cache(suffix.keys.at[:, :, where.index].set(k_BLGK), suffix.values.at[:, :, where.index].set(v_BLGK))

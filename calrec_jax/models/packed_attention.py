@@ -1,6 +1,7 @@
 """Grouped-query attention over packed sequences: exact, a block of queries at a time, without scores kept for the gradient.
 
-A block of queries reads the keys up to its end only: of a long sequence nearly half of the scores are never computed. The
+A block of queries reads the keys up to its end only, and none that lie further back than a segment is long: of a long
+sequence most scores are never computed. The
 backward pass computes a block's scores anew (Dao et al. 2022). Scores lie keys first: on CPU no product needs an operand laid
 out anew, and softmax runs over the first axis, both several times as fast as queries first.
 
@@ -8,6 +9,7 @@ Axes: B rows, L length, H heads, G key-value heads, R = H / G, K head dim; S key
 """
 
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -16,11 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from calrec_jax.models.layers import softcap
 
-QUERY_BLOCK = 128  # queries that are attended for at once
+BLOCKS = 8  # into which the longest segment is cut: more waste fewer scores, and take longer to compile
+LEAST_QUERIES = 64  # of a block
 
 
 def attend(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask_BSL: jax.Array, *, scale: float,
-           cap: float | None = None) -> jax.Array:
+           cap: float | None = None, longest: int | None = None) -> jax.Array:
   """Causal attention of a whole sequence, [B, L, H, K]; softmax in float32.
 
   Args:
@@ -29,19 +32,20 @@ def attend(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask_BSL: ja
     mask_BSL: bool, whether a key (second axis) is seen by a query (last axis), which is not before it. Each query sees one.
     scale: multiplies the scores.
     cap: soft cap of the scores, or None.
+    longest: a promise that no query sees a key so many places before it, or None.
   """
-  return _attend(scale, cap, q_BLHK, k_BLGK, v_BLGK, mask_BSL)
+  return _attend(scale, cap, longest, q_BLHK, k_BLGK, v_BLGK, mask_BSL)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale, cap, q_BLHK, k_BLGK, v_BLGK, mask_BSL):
-  return _forward(scale, cap, q_BLHK, k_BLGK, v_BLGK, mask_BSL)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(scale, cap, longest, q_BLHK, k_BLGK, v_BLGK, mask_BSL):
+  return _forward(scale, cap, longest, q_BLHK, k_BLGK, v_BLGK, mask_BSL)[0]
 
 
-def _forward(scale, cap, q_BLHK, k_BLGK, v_BLGK, mask_BSL):
+def _forward(scale, cap, longest, q_BLHK, k_BLGK, v_BLGK, mask_BSL):
   q_BGKRL, k_BGLK, v_BGKL = _queries(q_BLHK, k_BLGK.shape[2]), k_BLGK.transpose(0, 2, 1, 3), v_BLGK.transpose(0, 2, 3, 1)
   outs, norms = [], []
-  for block, keys in _blocks(q_BLHK.shape[1]):
+  for block, keys in _blocks(q_BLHK.shape[1], longest):
     scores_BGSRC = _scores(q_BGKRL[..., block], k_BGLK[:, :, keys], mask_BSL[:, keys, block], scale, cap)
     highest_BGRC = jnp.max(scores_BGSRC, axis=2)
     weights_BGSRC = jnp.exp(scores_BGSRC - highest_BGRC[:, :, None])
@@ -53,7 +57,7 @@ def _forward(scale, cap, q_BLHK, k_BLGK, v_BLGK, mask_BSL):
   return out_BLHK, (q_BLHK, k_BLGK, v_BLGK, mask_BSL, out_BLHK, norm_BGRL)
 
 
-def _backward(scale, cap, kept, slope_BLHK):
+def _backward(scale, cap, longest, kept, slope_BLHK):
   q_BLHK, k_BLGK, v_BLGK, mask_BSL, out_BLHK, norm_BGRL = kept
   q_BGKRL, slope_BGKRL, out_BGKRL = (_queries(x, k_BLGK.shape[2]) for x in (q_BLHK, slope_BLHK, out_BLHK))
   # What is subtracted from a query's slopes, so that its weights go on adding up to 1.
@@ -61,7 +65,7 @@ def _backward(scale, cap, kept, slope_BLHK):
   k_BGLK, v_BGLK, k_BGKL = k_BLGK.transpose(0, 2, 1, 3), v_BLGK.transpose(0, 2, 1, 3), k_BLGK.transpose(0, 2, 3, 1)
   of_q, of_k_BGLK, of_v_BGLK = [], jnp.zeros(k_BGLK.shape, jnp.float32), jnp.zeros(k_BGLK.shape, jnp.float32)
   flat = lambda x_BGKRC: x_BGKRC.reshape(*x_BGKRC.shape[:3], -1)  # with two axes to sum over XLA lays both operands out anew
-  for block, keys in _blocks(q_BLHK.shape[1]):
+  for block, keys in _blocks(q_BLHK.shape[1], longest):
     q_BGKRC, slope_BGKRC = q_BGKRL[..., block], slope_BGKRL[..., block]
     scores_BGSRC = _scores(q_BGKRC, k_BGLK[:, :, keys], mask_BSL[:, keys, block], scale, cap)
     weights_BGSRC = jnp.exp(scores_BGSRC - norm_BGRL[:, :, None, :, block])
@@ -79,11 +83,13 @@ def _backward(scale, cap, kept, slope_BLHK):
 _attend.defvjp(_forward, _backward)
 
 
-def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
+def _blocks(length: int, longest: int | None) -> Iterator[tuple[slice, slice]]:
   """(queries, the keys that they may see) of each block."""
-  for start in range(0, length, QUERY_BLOCK):
-    stop = min(start + QUERY_BLOCK, length)
-    yield slice(start, stop), slice(0, stop)
+  longest = length if longest is None else min(length, longest)
+  size = math.ceil(longest / BLOCKS / LEAST_QUERIES) * LEAST_QUERIES
+  for start in range(0, length, size):
+    stop, first = min(start + size, length), max(0, start - longest + 1)
+    yield slice(start, stop), slice(first // LEAST_QUERIES * LEAST_QUERIES, stop)
 
 
 def _queries(x_BLHK: jax.Array, G: int) -> jax.Array:

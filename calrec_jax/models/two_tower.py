@@ -128,20 +128,24 @@ class TwoTower(nn.Module):
     objective: weights and options of the losses.
     bos: each joint and alone segment opens with a BOS token, which no mean counts.
     head_block: target positions of a device at which the head runs at once: their logits are in memory.
+    longest_history, longest_text: most tokens of a joint and of an alone segment, see `Decoder`; None: unknown.
   """
 
   decoder: Decoder
   objective: losses.Objective
   bos: bool = False
   head_block: int = head.BLOCK
+  longest_history: int | None = None
+  longest_text: int | None = None
 
   def joint(self, batch: Batch, train: bool = False) -> jax.Array:
     """Hidden states of the histories, [B, L, D]."""
-    return self.decoder(batch['tokens'], batch['segments'], batch['positions'], train=train)
+    return self.decoder(batch['tokens'], batch['segments'], batch['positions'], longest=self.longest_history, train=train)
 
   def alone(self, batch: Batch, train: bool = False) -> jax.Array:
     """Hidden states of the item texts, [B, M, D]."""
-    return self.decoder(batch['alone_tokens'], batch['alone_segments'], batch['alone_positions'], train=train)
+    return self.decoder(batch['alone_tokens'], batch['alone_segments'], batch['alone_positions'], longest=self.longest_text,
+                        train=train)
 
   def target_nll(self, hidden_BLD: jax.Array, batch: Batch) -> jax.Array:
     """−log p of all target tokens and item ends of the batch, added up: float32, nats."""

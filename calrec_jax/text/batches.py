@@ -31,12 +31,15 @@ class RowOptions:
   Attributes:
     targets: `last` (one target a history) or `all` (each item after the first).
     context_items: how many older items open a later window of a history that is longer than a row (`targets = all`).
+    row_length: tokens of a row; None: of the longest history (`TASK_FEATURE_LENGTHS` together). Twice that packs fuller where
+      many histories take more than half of it; a batch then has half as many rows for the same tokens.
     alone_length, spans_per_row, alone_slots: sizes M, E and S of the batch; None: chosen from the data.
     window_steps: steps that are planned together.
   """
 
   targets: str = 'all'
   context_items: int = 4
+  row_length: int | None = None
   alone_length: int | None = None
   spans_per_row: int | None = None
   alone_slots: int | None = None
@@ -45,6 +48,13 @@ class RowOptions:
   def __post_init__(self):
     if self.targets not in ('last', 'all'):
       raise UserError(f"rows.targets = {self.targets!r}: choose 'last' or 'all'.")
+
+  def tokens(self, longest: int) -> int:
+    """Of a row, where the longest history has `longest`."""
+    if self.row_length is not None and self.row_length < longest:
+      raise UserError(f"rows.row_length = {self.row_length}: a history has up to {longest} tokens (TASK_FEATURE_LENGTHS' "
+                      "'inputs' and 'targets' together); raise it to that or more, or leave it out.")
+    return self.row_length or longest
 
 
 def _round_up(n: float, multiple: int = 8) -> int:
@@ -132,7 +142,7 @@ class BatchPlan:
     self.streams = [Stream(self.excerpts, members[source], (seed, source)) for source in used]
     weights = np.asarray([corpus.rates[s] * self.excerpts.tokens[members[s]].mean() for s in used])
     self.token_shares = weights / weights.sum()
-    self._choose_sizes(batch_size, length)
+    self._choose_sizes(batch_size, options.tokens(length))
     self._window = functools.lru_cache(maxsize=2)(self._plan_window)
     steps = [self.layout(step) for step in range(options.window_steps)]
     self.report = {**corpus.cut, **self.excerpts.cut, 'excerpts': len(self.excerpts),
@@ -244,11 +254,12 @@ class OnePass:
     self.corpus, B = corpus, batch_size
     self.excerpts = excerpts(corpus, length=length, targets=options.targets, context_items=options.context_items)
     chosen = _spread_evenly(len(self.excerpts), max_histories)
-    rows = _pack(self.excerpts, chosen, (length, length), None)
+    L = options.tokens(length)
+    rows = _pack(self.excerpts, chosen, (L, L), None)
     steps = _in_steps(rows, B)
     M, S = _alone_size(corpus, steps, self.excerpts, B, None, None)
     spans = max((int(self.excerpts.n_targets[row].sum()) for row in rows), default=1)
-    self.shapes = Shapes(B=B, L=length, M=M, E=_round_up(spans), S=S)
+    self.shapes = Shapes(B=B, L=L, M=M, E=_round_up(spans), S=S)
     self.layouts = []
     for step in steps:
       alone = _pack_texts(corpus, _distinct_texts(corpus, self.excerpts, step), M, S)

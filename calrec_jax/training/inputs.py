@@ -23,8 +23,8 @@ class Inputs:
     mixture_or_task_name: a SeqIO Task (a data set's name) or Mixture.
     vocabulary: how text becomes tokens.
     template: how an item becomes text.
-    task_feature_lengths: tokens of `inputs` (the history) and `targets` (one item, the cap of every item's text); a row holds
-      both together.
+    task_feature_lengths: tokens of `inputs` (the history) and `targets` (one item, the cap of every item's text); a history
+      holds both together.
   """
 
   data_dir: str
@@ -42,7 +42,7 @@ class Inputs:
 
   @property
   def length(self) -> int:
-    """Tokens of a joint row."""
+    """Most tokens of a history with its target."""
     return self.task_feature_lengths['inputs'] + self.task_feature_lengths['targets']
 
   @property

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
 
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.text.rows import Shapes
@@ -134,11 +135,22 @@ def _reading(model: TwoTower, method: Callable, mesh: Mesh, param_shardings: Any
 
 def _on_mesh(function: Any, mesh: Mesh) -> Callable:
   """A jitted function, with the mesh that its constraints name; `lower` too."""
+  # Processes on CPU connect in a first collective, and give up on one that is half a minute late: all compile before it.
+  waits = jax.process_count() > 1 and mesh.devices.flat[0].platform == 'cpu'
+
   def within(call: Callable) -> Callable:
     def on_it(*args: Any) -> Any:
       with partitioning.on_mesh(mesh):
         return call(*args)
     return on_it
-  called = within(function)
+
+  def call(*args: Any) -> Any:
+    nonlocal waits
+    if waits:
+      function.lower(*args).compile()
+      multihost.sync_global_processes(f'calrec_jax.{function.__name__}')
+      waits = False
+    return function(*args)
+  called = within(call)
   called.lower = within(function.lower)
   return called

@@ -107,7 +107,9 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   sources = inputs.load()
   decoder = with_vocabulary(decoder, inputs)
   trained = trainable.is_trained(decoder, frozen)
-  model = TwoTower(Decoder(decoder), objective, bos=inputs.vocabulary.bos_id is not None, head_block=head_block)
+  bos = inputs.vocabulary.bos_id is not None
+  model = TwoTower(Decoder(decoder), objective, bos=bos, head_block=head_block, longest_history=inputs.length,
+                   longest_text=inputs.max_item_tokens + bos)
   plan = BatchPlan(inputs.corpus(sources, 'train'), batch_size=batch_size, length=inputs.length, options=rows, seed=seed)
   held_out = OnePass(inputs.corpus(sources, 'validation'), batch_size=batch_size, length=inputs.length,
                      options=dataclasses.replace(rows, targets='last'), max_histories=schedule.eval_histories)

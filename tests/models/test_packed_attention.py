@@ -22,7 +22,7 @@ def inputs(B=2, L=11, H=6, G=2, K=4, seed=0):
   return q_BLHK, k_BLGK, v_BLGK, causal_mask(jnp.asarray(np.sort(rng.integers(0, 3, (B, L)), axis=1))), along_BLHK
 
 
-def plain(q_BLHK, k_BLGK, v_BLGK, mask_BSL, *, scale, cap=None):
+def plain(q_BLHK, k_BLGK, v_BLGK, mask_BSL, *, scale, cap=None, longest=None):
   """Grouped queries as repeated heads, queries first, scores as they are."""
   repeat = functools.partial(jnp.repeat, repeats=q_BLHK.shape[2] // k_BLGK.shape[2], axis=2)
   scores_BHLS = jnp.einsum('blhk,bshk->bhls', q_BLHK, repeat(k_BLGK)) * scale
@@ -31,10 +31,10 @@ def plain(q_BLHK, k_BLGK, v_BLGK, mask_BSL, *, scale, cap=None):
   return jnp.einsum('bhls,bshk->blhk', weights_BHLS, repeat(v_BLGK))
 
 
-def check(values, cap=None):
+def check(values, cap=None, longest=None):
   *qkv, mask, along = values
   def value_and_slopes(attention):
-    out, pull = jax.vjp(jax.jit(lambda *x: attention(*x, mask, scale=SCALE, cap=cap)), *qkv)
+    out, pull = jax.vjp(jax.jit(lambda *x: attention(*x, mask, scale=SCALE, cap=cap, longest=longest)), *qkv)
     return out, pull(along)
   jax.tree.map(lambda found, expected: np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max()),
                value_and_slopes(attend), value_and_slopes(plain))
@@ -43,7 +43,7 @@ def check(values, cap=None):
 @pytest.mark.parametrize('block', [1, 4, 11, 128])
 @pytest.mark.parametrize('cap', [None, 1.5])
 def test_blocks_are_plain_attention(monkeypatch, block, cap):
-  monkeypatch.setattr(packed_attention, 'QUERY_BLOCK', block)
+  monkeypatch.setattr(packed_attention, 'LEAST_QUERIES', block)
   check(inputs(), cap)
 
 
@@ -53,14 +53,41 @@ def test_groups_of_every_size(H, G):
 
 
 def test_a_sequence_longer_than_a_block():
-  check(inputs(B=1, L=packed_attention.QUERY_BLOCK + 37))
+  check(inputs(B=1, L=packed_attention.LEAST_QUERIES + 37))
+
+
+@pytest.mark.parametrize('length, longest, blocks', [(64, None, 1), (512, None, 8), (4096, None, 8), (1024, 512, 16), (552, 65, 9)])
+def test_a_longer_segment_has_no_more_blocks(length, longest, blocks):
+  cut = list(packed_attention._blocks(length, longest))
+  assert len(cut) == blocks
+  assert [queries.start for queries, _ in cut] == [0, *(queries.stop for queries, _ in cut[:-1])] and cut[-1][0].stop == length
+
+
+def segments_of(*lengths):
+  """The inputs of one row of segments of so many tokens."""
+  *qkv, _, along = inputs(B=1, L=sum(lengths))
+  return *qkv, causal_mask(jnp.asarray([np.repeat(np.arange(len(lengths)) + 1, lengths)])), along
+
+
+@pytest.mark.parametrize('block', [1, 3, 4])
+def test_keys_further_back_than_the_longest_segment_are_left_out(monkeypatch, block):
+  monkeypatch.setattr(packed_attention, 'LEAST_QUERIES', block)
+  check(segments_of(5, 2, 4, 5), longest=5)
+  read = [keys.stop - keys.start for _, keys in packed_attention._blocks(16, 5)]
+  assert max(read) <= 5 + 2 * (block - 1) and sum(read) < sum(keys.stop for _, keys in packed_attention._blocks(16, None))
+
+
+def test_a_segment_that_is_longer_than_promised_is_noticed(monkeypatch):
+  monkeypatch.setattr(packed_attention, 'LEAST_QUERIES', 1)
+  with pytest.raises(AssertionError):
+    check(segments_of(5, 2, 6, 3), longest=5)
 
 
 def test_keys_that_a_block_leaves_out_are_noticed(monkeypatch):
   blocks = packed_attention._blocks
-  monkeypatch.setattr(packed_attention, 'QUERY_BLOCK', 4)
-  monkeypatch.setattr(packed_attention, '_blocks', lambda length: (
-      (queries, slice(0, max(keys.stop - 1, 1))) for queries, keys in blocks(length)))
+  monkeypatch.setattr(packed_attention, 'LEAST_QUERIES', 4)
+  monkeypatch.setattr(packed_attention, '_blocks', lambda *of: (
+      (queries, slice(0, max(keys.stop - 1, 1))) for queries, keys in blocks(*of)))
   with pytest.raises(AssertionError):
     check(inputs())
 

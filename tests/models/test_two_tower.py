@@ -12,7 +12,7 @@ import pytest
 from toy_corpus import random_corpus
 
 from calrec_jax.models import decoder as decoder_lib
-from calrec_jax.models import head, two_tower
+from calrec_jax.models import head, packed_attention, two_tower
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
@@ -61,8 +61,8 @@ class Result:
   towers: dict[tuple[int, int], np.ndarray]  # of each span: v_U, v_T|U and v_T, [3, D]
 
 
-def _computation(bos, objective, head_block):
-  model = TwoTower(Decoder(CONFIG), objective, bos, head_block)
+def _computation(bos, objective, head_block, longest):
+  model = TwoTower(Decoder(CONFIG), objective, bos, head_block, *longest)
   def all_of_it(params, arrays):
     apply = lambda params: model.apply({'params': params}, arrays)
     return jax.value_and_grad(apply, has_aux=True)(params), model.apply({'params': params}, arrays, method='embed')
@@ -72,9 +72,10 @@ def _computation(bos, objective, head_block):
 _computation_once = functools.cache(_computation)
 
 
-def run(batch: Batch, *, bos=False, objective=EQUAL_WEIGHTS, head_block=head.BLOCK, patched=False) -> Result:
+def run(batch: Batch, *, bos=False, objective=EQUAL_WEIGHTS, head_block=head.BLOCK, longest=(None, None),
+        patched=False) -> Result:
   """`patched`: the code was changed for a mutant, so it is traced anew."""
-  compute = (_computation if patched else _computation_once)(bos, objective, head_block)
+  compute = (_computation if patched else _computation_once)(bos, objective, head_block, longest)
   ((_, terms), grads), t = compute(params(), batch.arrays)
   stacked = np.stack([t.user_BED, t.context_BED, t.target_BED], axis=2)
   return Result(terms, grads, {key: stacked[at] for key, at in batch.span_keys().items()})
@@ -101,9 +102,9 @@ def check(actual: Result, expected: Result):
   check_loss_and_gradient(actual, expected)
 
 
-def one_batch(corpus: Corpus, *, length=48, batch_size=3, targets='all', context_items=2) -> Batch:
+def one_batch(corpus: Corpus, *, length=48, batch_size=3, targets='all', context_items=2, row_length=None) -> Batch:
   """All of a corpus, packed."""
-  options = RowOptions(targets=targets, context_items=context_items)
+  options = RowOptions(targets=targets, context_items=context_items, row_length=row_length)
   one = OnePass(corpus, batch_size=batch_size, length=length, options=options)
   assert len(one) == 1
   return Batch(one.batch(0), one.layouts[0], one.excerpts)
@@ -134,6 +135,16 @@ def test_packed_is_unpacked(targets, bos):
   packed = one_batch(corpus, targets=targets)
   assert packed.arrays['segments'].max() >= 3 and packed.arrays['alone_segments'].max() >= 2
   check(run(packed, bos=bos), run(apart(corpus, packed.cut), bos=bos))
+
+
+def test_rows_longer_than_any_history_are_unpacked(monkeypatch):
+  monkeypatch.setattr(packed_attention, 'LEAST_QUERIES', 8)
+  corpus = packing_corpus(True)
+  packed = one_batch(corpus, row_length=150, length=40, batch_size=2)
+  longest = 40, int(corpus.item_lengths.max()) + 1
+  assert packed.arrays['tokens'].shape == (2, 150) and packed.arrays['positions'].max() < 40
+  assert packed.arrays['alone_tokens'].shape[1] > 3 * longest[1]
+  check(run(packed, bos=True, longest=longest, patched=True), run(apart(corpus, packed.cut), bos=True))
 
 
 def test_packed_is_unpacked_where_histories_have_no_negatives_of_their_own():

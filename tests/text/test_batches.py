@@ -172,6 +172,16 @@ def test_given_sizes_are_kept():
   check_alone_parts(a_plan, range(WINDOW))
 
 
+@pytest.mark.parametrize('targets', ['last', 'all'])
+def test_longer_rows_hold_the_same_excerpts_and_are_fuller(targets):
+  corpus = random_corpus(0, users=300, lengths=(4, 9))
+  short, long = plan(corpus, targets=targets, batch_size=4), plan(corpus, targets=targets, batch_size=2, row_length=96)
+  assert long.shapes.L == 96 and long.shapes.E >= short.shapes.E
+  np.testing.assert_array_equal(long.excerpts.tokens, short.excerpts.tokens)
+  check_alone_parts(long, range(WINDOW))
+  assert long.report['joint_fill'] > short.report['joint_fill'] + 0.05
+
+
 def test_what_does_not_fit_is_left_out_counted_and_said(caplog):
   a_plan = plan(alone_length=8)
   check_alone_parts(a_plan, range(WINDOW))
@@ -196,7 +206,7 @@ def test_bad_options():
     RowOptions(targets='some')
   with pytest.raises(UserError, match='no training target'):
     plan(toy_corpus([[7]], [[0], []]))
-  for option in ('alone_length', 'spans_per_row'):
+  for option in ('alone_length', 'spans_per_row', 'row_length'):
     with pytest.raises(UserError, match=f'rows.{option} = 4'):
       plan(**{option: 4})
 

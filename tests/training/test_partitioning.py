@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import pickle
 import socket
 import subprocess
 import sys
@@ -42,10 +43,15 @@ def one_step(store: pathlib.Path, shape: tuple[int, int, int], n_devices: int = 
   return metrics, state.opt_state.trace
 
 
+def named(metrics, gradients) -> dict[str, jax.Array]:
+  """Terms and gradients by name."""
+  return {term: metrics[term] for term in TERMS} | {
+      jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
+
+
 def as_numbers(metrics, gradients) -> dict[str, np.ndarray]:
   """Terms and gradients by name, on the host."""
-  named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)}
-  return {name: np.asarray(leaf) for name, leaf in ({t: metrics[t] for t in TERMS} | named).items()}
+  return {name: np.asarray(leaf) for name, leaf in named(metrics, gradients).items()}
 
 
 def differing(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
@@ -137,7 +143,7 @@ def test_the_state_of_an_optimizer_is_sharded_like_its_parameter(tiny_store):
 
 
 CHILD = '''
-import json, os, sys
+import json, os, pickle, sys
 rank, processes, port, tests, store, model_dir, out = sys.argv[1:]
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={8 // int(processes)}')
@@ -148,7 +154,6 @@ jax.config.update('jax_cpu_collectives_implementation', 'gloo')
 jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=int(processes), process_id=int(rank))
 import pathlib
 import numpy as np
-from jax.experimental import multihost_utils
 import test_partitioning, tiny
 from calrec_jax.text.batches import BatchPlan
 from calrec_jax.training.partitioning import MeshShape
@@ -158,10 +163,9 @@ def noted(self, step, rows=slice(None)):
   return batch(self, step, rows)
 BatchPlan.batch = noted
 metrics, gradients = test_partitioning.one_step(pathlib.Path(store), (2, 2, 2))
-gathered = multihost_utils.process_allgather(gradients, tiled=True)
-numbers = test_partitioning.as_numbers(jax.device_get(metrics), gathered)
-if rank == '0':
-  np.savez(out + '.npz', **numbers)
+parts = [(name, leaf.shape, shard.index, np.asarray(shard.data))
+         for name, leaf in test_partitioning.named(metrics, gradients).items() for shard in leaf.addressable_shards]
+pathlib.Path(f'{out}.{rank}.pickle').write_bytes(pickle.dumps(parts))
 validation = None
 if processes == '2':
   validation = tiny.train(pathlib.Path(store), pathlib.Path(model_dir), train_steps=2, mesh=MeshShape(2, 2, 2))
@@ -185,7 +189,11 @@ def in_processes(number: int, store: pathlib.Path, folder: pathlib.Path) -> tupl
     for process in processes:
       process.kill()
   assert codes == [0] * number, '\n'.join((folder / f'log{rank}').read_text()[-3000:] for rank in ranks)
-  return dict(np.load(f'{out}.npz')), [json.loads(pathlib.Path(f'{out}.{rank}.json').read_text()) for rank in ranks]
+  numbers = {}
+  for rank in ranks:  # each has its devices' shards
+    for name, shape, index, data in pickle.loads(pathlib.Path(f'{out}.{rank}.pickle').read_bytes()):
+      numbers.setdefault(name, np.full(shape, np.nan, np.float32))[index] = data
+  return numbers, [json.loads(pathlib.Path(f'{out}.{rank}.json').read_text()) for rank in ranks]
 
 
 @pytest.mark.slow
