@@ -9,8 +9,8 @@ empty and with a warm compilation cache. Memory comes in huge pages, for both si
 
   python benchmarks/train_speed.py --data_dir DATA --name scientific2018 --vocabulary vocabulary.json [--quick]
 
---quick: 6 layers in place of 30, one batch size of the peer (a quarter of an hour in place of one). `pip install torch
-transformers` first.
+--quick: 6 layers in place of 30, one batch size of the peer (a quarter of an hour in place of one). With 30 layers and 32
+examples the peer wants some 40 GB. `pip install torch transformers` first.
 """
 
 import argparse
@@ -188,10 +188,9 @@ def their_speeds(ours: Ours, options: argparse.Namespace, eos: int) -> tuple[dic
     cut = excerpts(corpus, length=LENGTH, targets=targets, context_items=4)
     found = torch_peer.examples(corpus, cut, sample.permutation(len(cut))[:300])
     operations[targets] = their_operations(ours.config, found)
-    sizes = (8,) if options.quick else (4, 8, 16, 32)
-    speed[f'plain, {targets}'] = told(
-        f'plain PyTorch, targets = {targets}, one example a prefix',
-        max(their_speed(plain, found, size, max(1, options.steps * 8 // size)) for size in sizes))
+    speed[f'plain, {targets}'] = max(
+        told(f'plain PyTorch, targets = {targets}, one example a prefix, batches of {size}',
+             their_speed(plain, found, size, max(1, options.steps * 8 // size))) for size in options.peer_batch_sizes)
     speed[f'strong, {targets}'] = told(
         f'strong PyTorch, targets = {targets}: nothing padded, head at targets',
         their_speed(strong, found, 8, options.steps))
@@ -274,11 +273,14 @@ def parsed() -> argparse.Namespace:
   parser.add_argument('--name', required=True, help='of the data set')
   parser.add_argument('--vocabulary', required=True, help='vocabulary.json of SmolLM2, see `calrec import`')
   parser.add_argument('--batch_size', type=int, default=16, help='rows of ours; half as many where they are twice as long')
+  parser.add_argument('--peer_batch_sizes', type=int, nargs='+', help='the best counts (default: 4 8 16 32, with --quick 8)')
   parser.add_argument('--steps', type=int, default=3, help='of each measurement')
   parser.add_argument('--quick', action='store_true', help='6 layers')
   parser.add_argument('--ours_only', action='store_true', help='the useful share of the peak alone, without the peers')
   parser.add_argument('--start_up', type=float, help=argparse.SUPPRESS)  # when the process was begun
-  return parser.parse_args()
+  options = parser.parse_args()
+  options.peer_batch_sizes = options.peer_batch_sizes or ([8] if options.quick else [4, 8, 16, 32])
+  return options
 
 
 if __name__ == '__main__':

@@ -56,7 +56,8 @@ def test_a_sequence_longer_than_a_block():
   check(inputs(B=1, L=packed_attention.LEAST_QUERIES + 37))
 
 
-@pytest.mark.parametrize('length, longest, blocks', [(64, None, 1), (512, None, 8), (4096, None, 8), (1024, 512, 16), (552, 65, 9)])
+@pytest.mark.parametrize('length, longest, blocks', [
+    (64, None, 1), (512, None, 8), (4096, None, 8), (1024, 512, 16), (552, 65, 9)])
 def test_a_longer_segment_has_no_more_blocks(length, longest, blocks):
   cut = list(packed_attention._blocks(length, longest))
   assert len(cut) == blocks
