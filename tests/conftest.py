@@ -11,16 +11,17 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # Without the second flag a program of several CPU devices that comes out of the compilation cache (below) may run its
 # collectives in another order on each device, and never ends (seen with jax 0.10.2).
 # The last two: programs of tiny arrays take far longer to compile than to run; this way a third of it.
-os.environ['XLA_FLAGS'] = (f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8 '
-                           '--xla_cpu_enable_concurrency_optimized_scheduler=false '
-                           '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1').strip()
+_FLAGS = ('--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false '
+          '--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1')
+if _FLAGS not in os.environ.get('XLA_FLAGS', ''):  # which pytest's own child processes have already
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 _CACHE = os.environ.get('CALREC_TEST_CACHE') or pathlib.Path.home() / '.cache/calrec_jax_tests'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_CACHE)
 os.environ['JAX_COMPILATION_CACHE_MAX_SIZE'] = str(2**30)  # bytes; the oldest entries go first
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 # An entry whose second file is missing (its writer was killed between the two) keeps jax from writing any other.
-for _entry in pathlib.Path(_CACHE).glob('*-cache'):
+for _entry in pathlib.Path(_CACHE).glob('*-cache') if 'PYTEST_XDIST_WORKER' not in os.environ else ():
   if not _entry.with_name(_entry.name.removesuffix('-cache') + '-atime').exists():
     _entry.unlink(missing_ok=True)
 os.environ['PATH'] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get('PATH', '')])
