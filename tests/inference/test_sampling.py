@@ -299,7 +299,7 @@ def law_6(config: DecoderConfig, stepped: DecoderConfig) -> None:
     count = samples.lengths_UN[user, n] + samples.finished_UN[user, n]
     places = LENGTHS_U[user] - 1 + np.arange(count)
     expected = float(np.asarray(logprobs)[row, places, row_L[places + 1]].sum())
-    np.testing.assert_allclose(samples.logprobs_UN[user, n], expected, atol=2e-4)
+    np.testing.assert_allclose(samples.logprobs_UN[user, n], expected, atol=5e-4)
 
 
 @pytest.mark.parametrize('name', VARIANTS)

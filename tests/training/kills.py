@@ -26,7 +26,8 @@ import dataclasses, os, pathlib, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import conftest, tiny
 import jax
-jax.config.update('jax_enable_compilation_cache', False)  # what is killed while it writes an entry spoils it for all others
+if {killed}:  # while it writes an entry of the compilation cache, it spoils it for all others: it only reads them
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)
 from calrec_jax.training import trainer
 from calrec_jax.training.optimizer import Optimizer
 prefetched = trainer._prefetched
@@ -50,8 +51,9 @@ class Killed:
   half_written: list[str]
 
 
-def start(store: pathlib.Path, model_dir: pathlib.Path, steps: int) -> subprocess.Popen:
-  code = CHILD.format(tests=str(TESTS), root=str(TESTS.parent), store=str(store), model_dir=str(model_dir), steps=steps)
+def start(store: pathlib.Path, model_dir: pathlib.Path, steps: int, killed: bool) -> subprocess.Popen:
+  code = CHILD.format(tests=str(TESTS), root=str(TESTS.parent), store=str(store), model_dir=str(model_dir), steps=steps,
+                      killed=killed)
   with open(f'{model_dir}.stdout', 'w') as stdout, open(f'{model_dir}.stderr', 'a') as stderr:
     return subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=stderr)
 
@@ -65,7 +67,8 @@ def half_written(model_dir: pathlib.Path) -> list[str]:
 def live(store: pathlib.Path, model_dir: pathlib.Path, steps: int, *, after: float | None = None,
          inside: bool = False) -> Killed:
   """Runs the process; kills it `inside` the writing of a checkpoint, or so many seconds `after` there was a whole one."""
-  process, told, first, killed = start(store, model_dir, steps), pathlib.Path(f'{model_dir}.stdout'), None, False
+  process = start(store, model_dir, steps, killed=inside or after is not None)
+  told, first, killed = pathlib.Path(f'{model_dir}.stdout'), None, False
   while process.poll() is None:
     trains = bool(told.stat().st_size)
     if first is None and trains and checkpoints.newest_step(model_dir) is not None:

@@ -206,6 +206,8 @@ import pathlib, resource, sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 import conftest, tiny
 from calrec_jax.errors import UserError
+import jax
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)  # an entry cut short keeps jax from writing any other
 from calrec_jax.training import checkpoints, trainer
 prefetched = trainer._prefetched
 def fills_up(*args):
