@@ -19,7 +19,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 _CACHE = os.environ.get('CALREC_TEST_CACHE') or pathlib.Path.home() / '.cache/calrec_jax_tests'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_CACHE)
 os.environ['JAX_COMPILATION_CACHE_MAX_SIZE'] = str(2**30)  # bytes; the oldest entries go first
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')  # more: see `tiny.READS_CACHE`
 # An entry whose second file is missing (its writer was killed between the two) keeps jax from writing any other.
 for _entry in pathlib.Path(_CACHE).glob('*-cache') if 'PYTEST_XDIST_WORKER' not in os.environ else ():
   if not _entry.with_name(_entry.name.removesuffix('-cache') + '-atime').exists():

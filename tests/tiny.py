@@ -19,6 +19,9 @@ from calrec_jax.training.optimizer import Optimizer
 from calrec_jax.training.partitioning import MeshShape
 from calrec_jax.training.trainer import Schedule
 
+# Of a child process that may be killed or cut short: an entry of the compilation cache that is half-written keeps jax from
+# writing any other. It only reads them.
+READS_CACHE = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1e9'}
 NAMES = ('books', 'games')
 LENGTHS = {'inputs': 44, 'targets': 20}  # rows of 64 tokens
 # Sizes that a `model` axis of 4 and an `fsdp` axis of 8 divide.

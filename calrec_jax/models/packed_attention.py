@@ -1,9 +1,9 @@
 """Grouped-query attention over packed sequences: exact, a block of queries at a time, without scores kept for the gradient.
 
-A block of queries reads the keys up to its end only, and none that lie further back than a segment is long: of a long
-sequence most scores are never computed. The
-backward pass computes a block's scores anew (Dao et al. 2022). Scores lie keys first: on CPU no product needs an operand laid
-out anew, and softmax runs over the first axis, both several times as fast as queries first.
+A block of queries reads the keys up to its end only, and none that lie further back than a segment is long: of a long sequence
+many scores are never computed. The backward pass computes a block's scores anew (Dao et al. 2022). Scores lie keys first: on
+CPU no product needs an operand laid out anew, and softmax runs over the first axis: both several times as fast as queries
+first.
 
 Axes: B rows, L length, H heads, G key-value heads, R = H / G, K head dim; S keys and C queries of a block.
 """

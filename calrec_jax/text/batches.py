@@ -30,7 +30,7 @@ class RowOptions:
 
   Attributes:
     targets: `last` (one target a history) or `all` (each item after the first).
-    context_items: how many older items open a later window of a history that is longer than a row (`targets = all`).
+    context_items: how many older items open a later window of a history that is too long for one (`targets = all`).
     row_length: tokens of a row; None: of the longest history (`TASK_FEATURE_LENGTHS` together). Twice that packs fuller where
       many histories take more than half of it; a batch then has half as many rows for the same tokens.
     alone_length, spans_per_row, alone_slots: sizes M, E and S of the batch; None: chosen from the data.

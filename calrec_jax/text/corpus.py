@@ -125,7 +125,7 @@ class Excerpts:
 
 
 def excerpts(corpus: Corpus, *, length: int, targets: str, context_items: int) -> Excerpts:
-  """Cuts every history to rows of `length` tokens.
+  """Cuts every history to excerpts of up to `length` tokens.
 
   `targets = last` keeps the newest whole items, and the last item is the target; `targets = all` cuts windows in which each
   item after the first is a target exactly once: a later window opens with up to `context_items` older items.

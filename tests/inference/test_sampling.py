@@ -275,7 +275,11 @@ VARIANTS = {
     'qwen2': {'qkv_bias': True, 'tied_head': False}, 'lora': {'lora_rank': 2}}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Optimized, as a user's program is: it rounds less than the quick ones of `conftest.py`.
+optimized = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 3})
+
+
+@functools.partial(optimized, static_argnums=0)
 def plain_forward(decoder, params, tokens_BL):
   positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None], tokens_BL.shape)
   states = decoder.apply({'params': params}, tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
@@ -288,8 +292,9 @@ def law_6(config: DecoderConfig, stepped: DecoderConfig) -> None:
   params = nn.meta.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), tokens, tokens + 1, tokens))['params']
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: 2 * x + jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params)
-  samples = jax.device_get(sample(Decoder(stepped), params, TOKENS_UP, LENGTHS_U, KEYS_U, n_samples=2, temperature=2.0,
-                                  max_new_tokens=T, eos_id=EOS, forbidden=np.arange(V) == 0))
+  sampled = optimized(lambda params: sample(Decoder(stepped), params, TOKENS_UP, LENGTHS_U, KEYS_U, n_samples=2,
+                                            temperature=2.0, max_new_tokens=T, eos_id=EOS, forbidden=np.arange(V) == 0))
+  samples = jax.device_get(sampled(params))
   rows_BL = np.zeros((6, 8 + T), np.int32)
   for row_L, user, n in zip(rows_BL, np.repeat(range(3), 2), [0, 1] * 3, strict=True):
     row_L[:LENGTHS_U[user]] = TOKENS_UP[user, :LENGTHS_U[user]]
@@ -299,7 +304,7 @@ def law_6(config: DecoderConfig, stepped: DecoderConfig) -> None:
     count = samples.lengths_UN[user, n] + samples.finished_UN[user, n]
     places = LENGTHS_U[user] - 1 + np.arange(count)
     expected = float(np.asarray(logprobs)[row, places, row_L[places + 1]].sum())
-    np.testing.assert_allclose(samples.logprobs_UN[user, n], expected, atol=5e-4)
+    np.testing.assert_allclose(samples.logprobs_UN[user, n], expected, atol=2e-4)
 
 
 @pytest.mark.parametrize('name', VARIANTS)

@@ -8,6 +8,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import random
 import signal
@@ -25,9 +26,6 @@ CHILD = '''
 import dataclasses, os, pathlib, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import conftest, tiny
-import jax
-if {killed}:  # while it writes an entry of the compilation cache, it spoils it for all others: it only reads them
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)
 from calrec_jax.training import trainer
 from calrec_jax.training.optimizer import Optimizer
 prefetched = trainer._prefetched
@@ -52,10 +50,11 @@ class Killed:
 
 
 def start(store: pathlib.Path, model_dir: pathlib.Path, steps: int, killed: bool) -> subprocess.Popen:
-  code = CHILD.format(tests=str(TESTS), root=str(TESTS.parent), store=str(store), model_dir=str(model_dir), steps=steps,
-                      killed=killed)
+  import tiny
+  code = CHILD.format(tests=str(TESTS), root=str(TESTS.parent), store=str(store), model_dir=str(model_dir), steps=steps)
   with open(f'{model_dir}.stdout', 'w') as stdout, open(f'{model_dir}.stderr', 'a') as stderr:
-    return subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=stderr)
+    return subprocess.Popen([sys.executable, '-c', code], stdout=stdout, stderr=stderr,
+                            env=os.environ | (tiny.READS_CACHE if killed else {}))
 
 
 def half_written(model_dir: pathlib.Path) -> list[str]:

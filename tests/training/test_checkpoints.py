@@ -1,6 +1,7 @@
 """Checkpoints: stage II starts from stage I's arrays; what does not fit, or is not whole, is told in one line."""
 
 import dataclasses
+import os
 import pathlib
 import re
 import shutil
@@ -206,8 +207,6 @@ import pathlib, resource, sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 import conftest, tiny
 from calrec_jax.errors import UserError
-import jax
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)  # an entry cut short keeps jax from writing any other
 from calrec_jax.training import checkpoints, trainer
 prefetched = trainer._prefetched
 def fills_up(*args):
@@ -230,7 +229,8 @@ def test_a_place_that_takes_no_more_keeps_the_last_whole_step(tiny_store, tmp_pa
   """A limit on the size of files stands for a full disk: the same calls fail, with another number."""
   tests, model_dir = pathlib.Path(__file__).resolve().parents[1], tmp_path / 'run'
   code = FULL.format(tests=str(tests), root=str(tests.parent), store=str(tiny_store), model_dir=str(model_dir))
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=200)
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=200,
+                        env=os.environ | tiny.READS_CACHE)
   said = r'told: .*/run: a checkpoint cannot be written \(File too large\); step 2 is whole, and the run goes on from it: make'
   assert re.search(said, done.stdout), done.stdout + done.stderr[-3000:]
   assert done.returncode == 0 and checkpoints.newest_step(model_dir) == 2

@@ -31,8 +31,7 @@ class Launched:
       self.process = subprocess.Popen(
           [ROOT / 'launch/local_run.sh', '--processes', str(processes), '--devices', str(8 // processes), '--', *arguments],
           stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-          # What is killed while it writes an entry of the compilation cache spoils it for all others: it only reads them.
-          env=dict(os.environ, JAX_DEFAULT_MATMUL_PRECISION='highest', JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='1e9'))
+          env=os.environ | tiny.READS_CACHE | {'JAX_DEFAULT_MATMUL_PRECISION': 'highest'})
 
   def child(self, number: int) -> int:
     """The process id of one of its processes."""
