@@ -3,7 +3,7 @@
 Layers run under one `nn.scan`, so that compile time does not grow with depth, whatever the pattern of global and local
 layers: which kind a layer is goes into the scan as data. Norms, softmax and logits are float32 always.
 
-Axes: B rows, L length, D embed, V vocabulary; in decoding U users, N samples of each, P prefix length, T suffix length.
+Axes: B rows, L length, D embed, V vocabulary.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ class Block(nn.Module):
   """One layer. A scan's body: the carry is x; `caches` and `local` are the layer's, the rest is the same for all layers."""
 
   config: DecoderConfig
-  keep_cache: bool
-  train: bool
+  keep_cache: bool = False
+  train: bool = False
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, caches: tuple[Cache, Cache] | None, local: jax.Array | None, where: Whole | Step,
@@ -45,10 +45,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Tokens to hidden states, and hidden states to logits.
-
-  `__call__`, `prefill` and `step` are one computation: law 6 holds them equal.
-  """
+  """Tokens to hidden states, and hidden states to logits. `decoding.py` is the same computation, layer by layer."""
 
   config: DecoderConfig
 
@@ -60,43 +57,34 @@ class Decoder(nn.Module):
       self.head = self.param('head', table, (c.vocab_size, c.embed_dim), c.param_dtype)
     self.final_norm = RMSNorm(c)
 
-  @nn.nowrap
-  def _layers(self, keep_cache: bool, train: bool) -> nn.Module:
-    block = Block
-    if not keep_cache:
-      block = nn.remat(Block, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-    layers = nn.scan(
-        block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-        in_axes=(0, 0, nn.broadcast, nn.broadcast), length=self.config.n_layers, metadata_params={nn.PARTITION_NAME: 'layers'})
-    return layers(self.config, keep_cache, train, name='layers')
-
   @nn.compact
-  def _hidden(self, tokens_BL: jax.Array, caches: tuple[Cache, Cache] | None, where: Whole | Step, keep_cache: bool,
-              train: bool) -> tuple[jax.Array, Cache | None]:
-    c = self.config
-    x_BLD = jnp.take(self.embedding, tokens_BL, axis=0).astype(c.compute_dtype)
-    if c.embed_scale:
-      x_BLD = x_BLD * jnp.asarray(c.embed_dim**0.5, x_BLD.dtype)
-    x_BLD = nn.with_logical_constraint(x_BLD, ('batch', 'length', 'activation_embed'))
-    local = jnp.asarray(c.local_layers) if any(c.local_layers) else None
-    x_BLD, cache = self._layers(keep_cache, train)(x_BLD, caches, local, where, rotation(c, where.positions))
-    return self.final_norm(x_BLD), cache
-
   def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array, *,
                longest: int | None = None, train: bool = False) -> jax.Array:
     """Hidden states [B, L, D] after the final norm. Tokens of one segment see each other, causally, and nothing else.
 
     `longest`: a promise that no segment has more tokens, which saves time where rows are longer.
     """
-    return self._hidden(tokens_BL, None, Whole(positions_BL, causal_mask(segments_BL), longest), False, train)[0]
+    c = self.config
+    layers = nn.scan(
+        nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False), variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True}, in_axes=(0, 0, nn.broadcast, nn.broadcast), length=c.n_layers,
+        metadata_params={nn.PARTITION_NAME: 'layers'})
+    local = jnp.asarray(c.local_layers) if any(c.local_layers) else None
+    where = Whole(positions_BL, causal_mask(segments_BL), longest)
+    x_BLD, _ = layers(c, train=train, name='layers')(self.embed(tokens_BL), None, local, where, rotation(c, positions_BL))
+    return self.final_norm(x_BLD)
 
-  def prefill(self, tokens_UP: jax.Array, segments_UP: jax.Array, positions_UP: jax.Array) -> tuple[jax.Array, Cache]:
-    """Hidden states [U, P, D] and the caches of all layers, [layers, U, P, G, K]."""
-    return self._hidden(tokens_UP, None, Whole(positions_UP, causal_mask(segments_UP)), True, False)
+  def embed(self, tokens_BL: jax.Array) -> jax.Array:
+    """What the first layer reads, [B, L, D]."""
+    c = self.config
+    x_BLD = jnp.take(self.embedding, tokens_BL, axis=0).astype(c.compute_dtype)
+    if c.embed_scale:
+      x_BLD = x_BLD * jnp.asarray(c.embed_dim**0.5, x_BLD.dtype)
+    return nn.with_logical_constraint(x_BLD, ('batch', 'length', 'activation_embed'))
 
-  def step(self, tokens_UN: jax.Array, prefix: Cache, suffix: Cache, where: Step) -> tuple[jax.Array, Cache]:
-    """One token for each of N samples a user: hidden states [U, N, D] and the suffix caches [layers, U, N, T, G, K]."""
-    return self._hidden(tokens_UN, (prefix, suffix), where, True, False)
+  def normed(self, x_BLD: jax.Array) -> jax.Array:
+    """The hidden states [B, L, D], of what the last layer writes."""
+    return self.final_norm(x_BLD)
 
   @property
   def _head_VD(self) -> jax.Array:
@@ -109,12 +97,6 @@ class Decoder(nn.Module):
   def weighted_nll(self, hidden_BLD: jax.Array, labels_BL: jax.Array, weights_BL: jax.Array, *, block: int) -> jax.Array:
     """Σ w · −log p(label), float32, nats: see `head.weighted_nll`."""
     return weighted_nll(hidden_BLD, self._head_VD, labels_BL, weights_BL, block=block, cap=self.config.logit_softcap)
-
-  def empty_suffix(self, users: int, samples: int, length: int) -> Cache:
-    """Suffix caches of zeros for `length` steps."""
-    c = self.config
-    shape = (c.n_layers, users, samples, length, c.n_kv_heads, c.head_dim)
-    return Cache(jnp.zeros(shape, c.compute_dtype), jnp.zeros(shape, c.compute_dtype))
 
 
 def boxed_params(config: DecoderConfig) -> Any:

@@ -50,7 +50,7 @@ def _forward(scale, cap, longest, q_BLHK, k_BLGK, v_BLGK, mask_BSL):
     highest_BGRC = jnp.max(scores_BGSRC, axis=2)
     weights_BGSRC = jnp.exp(scores_BGSRC - highest_BGRC[:, :, None])
     sum_BGRC = jnp.sum(weights_BGSRC, axis=2)
-    outs.append(_product('bgks,bgsrc->bgkrc', v_BGKL[..., keys], weights_BGSRC) / sum_BGRC[:, :, None])
+    outs.append(einsum32('bgks,bgsrc->bgkrc', v_BGKL[..., keys], weights_BGSRC) / sum_BGRC[:, :, None])
     norms.append(highest_BGRC + jnp.log(sum_BGRC))
   out_BLHK = checkpoint_name(_heads_last(jnp.concatenate(outs, axis=-1)).astype(q_BLHK.dtype), 'attention')
   norm_BGRL = checkpoint_name(jnp.concatenate(norms, axis=-1), 'attention')
@@ -69,13 +69,13 @@ def _backward(scale, cap, longest, kept, slope_BLHK):
     q_BGKRC, slope_BGKRC = q_BGKRL[..., block], slope_BGKRL[..., block]
     scores_BGSRC = _scores(q_BGKRC, k_BGLK[:, :, keys], mask_BSL[:, keys, block], scale, cap)
     weights_BGSRC = jnp.exp(scores_BGSRC - norm_BGRL[:, :, None, :, block])
-    of_weights_BGSRC = _product('bgsk,bgkrc->bgsrc', v_BGLK[:, :, keys], slope_BGKRC)
+    of_weights_BGSRC = einsum32('bgsk,bgkrc->bgsrc', v_BGLK[:, :, keys], slope_BGKRC)
     of_scores_BGSRC = scale * weights_BGSRC * (of_weights_BGSRC - mean_BGRL[:, :, None, :, block])
     if cap is not None:
       of_scores_BGSRC *= jnp.where(weights_BGSRC > 0, 1 - jnp.square(scores_BGSRC / cap), 0.0)  # scores of -inf have none
-    of_q.append(_product('bgks,bgsrc->bgkrc', k_BGKL[..., keys], of_scores_BGSRC))
-    of_v_BGLK = of_v_BGLK.at[:, :, keys].add(_product('bgsn,bgkn->bgsk', flat(weights_BGSRC), flat(slope_BGKRC)))
-    of_k_BGLK = of_k_BGLK.at[:, :, keys].add(_product('bgsn,bgkn->bgsk', flat(of_scores_BGSRC), flat(q_BGKRC)))
+    of_q.append(einsum32('bgks,bgsrc->bgkrc', k_BGKL[..., keys], of_scores_BGSRC))
+    of_v_BGLK = of_v_BGLK.at[:, :, keys].add(einsum32('bgsn,bgkn->bgsk', flat(weights_BGSRC), flat(slope_BGKRC)))
+    of_k_BGLK = of_k_BGLK.at[:, :, keys].add(einsum32('bgsn,bgkn->bgsk', flat(of_scores_BGSRC), flat(q_BGKRC)))
   back = lambda x_BGLK: x_BGLK.transpose(0, 2, 1, 3).astype(k_BLGK.dtype)
   return _heads_last(jnp.concatenate(of_q, axis=-1)).astype(q_BLHK.dtype), back(of_k_BGLK), back(of_v_BGLK), None
 
@@ -104,13 +104,13 @@ def _heads_last(x_BGKRL: jax.Array) -> jax.Array:
   return x_BGKRL.transpose(0, 4, 1, 3, 2).reshape(B, L, G * R, K)
 
 
-def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """In float32, of operands that have the dtype of the narrower one."""
+def einsum32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """A product in float32, of operands that have the dtype of the narrower one."""
   dtype = x.dtype if x.dtype.itemsize < y.dtype.itemsize else y.dtype
   return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _scores(q_BGKRC: jax.Array, k_BGSK: jax.Array, mask_BSC: jax.Array, scale: float, cap: float | None) -> jax.Array:
   """Scaled, capped and masked scores, float32 [B, G, S, R, C]."""
-  scores_BGSRC = softcap(scale * _product('bgsk,bgkrc->bgsrc', k_BGSK, q_BGKRC), cap)
+  scores_BGSRC = softcap(scale * einsum32('bgsk,bgkrc->bgsrc', k_BGSK, q_BGKRC), cap)
   return jnp.where(mask_BSC[:, None, :, None], scores_BGSRC, -jnp.inf)

@@ -42,11 +42,16 @@ def quasi_round_robin(
   weight_G = np.exp(epsilon * np.asarray(logprobs_G, np.float64))
   if scores_GI.shape[:1] != weight_G.shape:
     raise ValueError(f'Scores of {len(scores_GI)} texts, but {weight_G.shape} log-probabilities.')
-  low_G1 = scores_GI.min(axis=1, keepdims=True)
-  width_G1 = scores_GI.max(axis=1, keepdims=True) - low_G1
-  flat_G1 = width_G1 == 0
-  # Division, not a product with the inverse: the best item must get exactly 1, so that equal weights tie.
-  scaled_GI = (scores_GI - low_G1) / np.where(flat_G1, 1, width_G1)
-  scaled_GI += flat_G1 & (low_G1 > 0)
-  scaled_GI *= weight_G[:, None]
-  return scaled_GI.max(axis=0, initial=0)
+  fused_I = np.zeros(scores_GI.shape[1])
+  scaled_I = np.empty_like(fused_I)
+  for scores_I, weight in zip(scores_GI, weight_G, strict=True):  # text by text: what a text needs stays in the cache
+    low, high = scores_I.min(), scores_I.max()
+    if low == high:
+      scaled_I.fill(low > 0)
+    else:
+      np.subtract(scores_I, low, out=scaled_I)
+      # Division, not a product with the inverse: the best item must get exactly 1, so that equal weights tie.
+      scaled_I /= high - low
+    scaled_I *= weight
+    np.maximum(fused_I, scaled_I, out=fused_I)
+  return fused_I

@@ -1,7 +1,9 @@
-"""Law 8, first half: BM25 is the ten-line brute force, for every variant, with exact ties."""
+"""Law 8, first half: BM25 is the ten-line brute force, for every variant, with exact ties; it grows, and is kept on disk."""
 
 import collections
 import functools
+import io
+import json
 import math
 import pathlib
 import re
@@ -124,11 +126,13 @@ def test_the_formulas_and_the_options_name_the_same_variants():
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_bm25_is_what_bm25s_retrieves_with(method):
-  index = bm25s.BM25(method=method)
-  index.index([words(text) for text in TEXTS], show_progress=False)
+@pytest.mark.parametrize('numbers', [{}, {'k1': 0.9, 'b': 0.4, 'delta': 0.7}, {'k1': 3, 'b': 1, 'delta': 0}])
+def test_bm25_is_what_bm25s_retrieves_with(method, numbers):
+  index = bm25s.BM25(method=method, dtype='float64', **{'k1': 1.5, 'b': 0.75, 'delta': 0.5, **numbers})
+  filled = [text for text in TEXTS if text]
+  index.index([words(text) for text in filled], show_progress=False)
   for query in filter(words, QUERIES):
-    np.testing.assert_allclose(ours(TEXTS, [query], method=method)[0], index.get_scores(words(query)), atol=1e-5)
+    np.testing.assert_allclose(ours(filled, [query], method=method, **numbers)[0], index.get_scores(words(query)), atol=1e-8)
 
 
 few_words = st.lists(st.sampled_from('a b c dd Ee f9 title the x'.split()), max_size=6).map(' '.join)
@@ -147,7 +151,7 @@ def many_texts(rng, n):
 
 
 def check_exact():
-  """Neither the order of the items, nor of a text's words, moves a score by a single bit."""
+  """Neither the order of the items, nor of a text's words, nor the names of words, move a score by a single bit."""
   rng = np.random.default_rng(0)
   texts, queries = many_texts(rng, 60), many_texts(rng, 20)
   order = rng.permutation(60)
@@ -157,6 +161,9 @@ def check_exact():
   np.testing.assert_array_equal(ours(shuffled_words, queries), scores_GI)
   twice_GI = ours([*texts, *shuffled_words], queries)
   np.testing.assert_array_equal(twice_GI[:, :60], twice_GI[:, 60:])
+  renamed, both = [text.upper() for text in texts], [f'{query} {query.upper()}' for query in queries]
+  renamed_GI = ours([*texts, *renamed], both, lower=False)
+  np.testing.assert_array_equal(renamed_GI[:, :60], renamed_GI[:, 60:])
 
 
 def test_what_bm25_cannot_tell_apart_ties_exactly():
@@ -169,6 +176,15 @@ def test_a_sum_that_is_not_rounded_is_seen(monkeypatch):
     check_exact()
 
 
+@pytest.mark.parametrize('share', [0, 1 / 4, 1 / 2, 1], ids=['all dense', 'quarter', 'half', 'all sparse'])
+def test_the_dense_and_the_sparse_sum_are_one_sum(share, monkeypatch):
+  scores_GI = {method: ours(TEXTS, QUERIES, method=method) for method in METHODS}
+  monkeypatch.setattr(bm25_module, '_DENSE_ABOVE', share)
+  check_law(ours)
+  for method in METHODS:
+    np.testing.assert_array_equal(ours(TEXTS, QUERIES, method=method), scores_GI[method])
+
+
 def test_a_text_that_matches_nothing_scores_zero_and_every_word_counts():
   scores_GI = ours(['the glue', 'the tape', 'the hose'], ['nothing', '', 'the', 'the the'])
   np.testing.assert_array_equal(scores_GI[:2], 0)
@@ -176,9 +192,133 @@ def test_a_text_that_matches_nothing_scores_zero_and_every_word_counts():
   np.testing.assert_array_equal(scores_GI[3], 2 * scores_GI[2])
 
 
-def test_no_text_at_all_and_catalogues_without_words():
-  assert ours(TEXTS, []).shape == (0, len(TEXTS))
-  np.testing.assert_array_equal(ours(['', '...'], ['glue', '']), np.zeros((2, 2)))
+@pytest.mark.parametrize('method', METHODS)
+def test_no_text_at_all_and_catalogues_without_words(method):
+  assert ours(TEXTS, [], method=method).shape == (0, len(TEXTS))
+  assert ours([], ['glue'], method=method).shape == (1, 0)
+  np.testing.assert_array_equal(ours(['', '...'], ['glue', ''], method=method), np.zeros((2, 2)))
+
+
+# What is added: new words, known ones, a text once more, no word at all, nothing, and only known words.
+ADDED = [['Gorilla hoses, anew and anew', '10', TEXTS[0]], ['', '...'], [], ['vinyl glue']]
+GROWN_QUERIES = [*QUERIES, 'anew gorilla', 'vinyl']
+
+
+def grown(first, added, options):
+  index = Bm25(first, options)
+  for texts in added:
+    index = index.with_items(texts)
+  return index
+
+
+def with_old_weights(first, added, options):
+  """A mutant: the new items are an index of their own, and the old weights stay."""
+
+  class Joined:
+    def scores(self, queries):
+      return np.concatenate([Bm25(texts, options).scores(queries) for texts in [first, *added] if texts], axis=1)
+
+  return Joined()
+
+
+def with_old_words(first, added, options):
+  """A mutant: words that the first texts do not have are left out, but for their lengths."""
+  known = set(words(' '.join(first)))
+  return grown(first, [[' '.join(w if w in known else f'_{i}' for i, w in enumerate(words(text))) for text in texts]
+                       for texts in added], options)
+
+
+def check_growth(grow, first=TEXTS, options=bm25_module.LUCENE):
+  anew = Bm25([text for texts in [first, *ADDED] for text in texts], options)
+  np.testing.assert_array_equal(grow(first, ADDED, options).scores(GROWN_QUERIES), anew.scores(GROWN_QUERIES))
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('first', [TEXTS, TEXTS[:1], [''], []], ids=['texts', 'one text', 'no word', 'no text'])
+def test_a_grown_index_is_the_index_of_all_texts_bit_for_bit(method, first):
+  check_growth(grown, first, Bm25Options(method=method, k1=1.3, b=0.6, delta=0.3))
+
+
+@pytest.mark.parametrize('mutant', [with_old_weights, with_old_words])
+def test_a_mutant_of_growth_is_seen(mutant):
+  with pytest.raises(AssertionError):
+    check_growth(mutant)
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(parts=st.lists(st.lists(few_words, max_size=12), min_size=1, max_size=5), method=st.sampled_from(METHODS))
+def test_any_grown_index_is_the_index_of_all_texts(parts, method):
+  options, queries = Bm25Options(method=method), ['a b c dd ee f9 title the x', 'the the x']
+  anew = Bm25([text for texts in parts for text in texts], options)
+  np.testing.assert_array_equal(grown(parts[0], parts[1:], options).scores(queries), anew.scores(queries))
+
+
+def test_growth_reads_new_texts_only_and_leaves_the_old_index_as_it_is(monkeypatch):
+  index, before_GI = Bm25(TEXTS), ours(TEXTS, QUERIES)
+  read, read_words = [], Bm25Options.words
+  monkeypatch.setattr(Bm25Options, 'words', lambda self, text: read.append(text) or read_words(self, text))
+  assert len(index.with_items(['Watts', 'unheard'])) == len(TEXTS) + 2
+  assert read == ['Watts', 'unheard']
+  np.testing.assert_array_equal(index.scores(QUERIES), before_GI)
+  assert len(index) == len(TEXTS)
+
+
+@pytest.mark.parametrize('options', [
+  {}, {'method': 'bm25+', 'k1': 0.9, 'b': 0.4, 'delta': 0.7, 'lower': False, 'word': r'\S+|\n'}])
+def test_a_loaded_index_scores_and_grows_bit_for_bit(tmp_path, options):
+  texts = [*TEXTS, 'a\nb "q" \0 \ud800 \u2028 ' + 1000 * 'ß']
+  index = Bm25(texts, Bm25Options(**options))
+  index.save(tmp_path / 'index')
+  loaded = Bm25.load(tmp_path / 'index')
+  assert loaded.options == index.options and list(tmp_path.iterdir()) == [tmp_path / 'index']
+  queries = [*QUERIES, *texts]
+  np.testing.assert_array_equal(loaded.scores(queries), index.scores(queries))
+  np.testing.assert_array_equal(loaded.with_items(ADDED[0]).scores(queries), index.with_items(ADDED[0]).scores(queries))
+  with np.load(tmp_path / 'index', allow_pickle=False) as file:  # raises if anything is pickled
+    assert all(file[name].dtype != object for name in file)
+
+
+@pytest.mark.parametrize('texts', [[], ['', '...']])
+def test_an_index_without_words_is_kept(tmp_path, texts):
+  Bm25(texts).save(tmp_path / 'index.npz')
+  assert Bm25.load(tmp_path / 'index.npz').scores(['glue']).shape == (1, len(texts))
+
+
+def damaged(data):
+  """Name to what may be found in place of an index whose bytes are `data`."""
+
+  arrays = dict(np.load(io.BytesIO(data)))
+
+  def bytes_of(write, *args, **kwargs):
+    file = io.BytesIO()
+    write(file, *args, **kwargs)
+    return file.getvalue()
+
+  def with_head(**changes):
+    head = json.dumps({**json.loads(arrays['head'].tobytes()), **changes})
+    return bytes_of(np.savez, **{**arrays, 'head': np.frombuffer(head.encode(), np.uint8)})
+
+  middle = len(data) // 2
+  return {
+    'nothing': b'', 'text': b'glue', 'array': bytes_of(np.save, np.zeros(3)), 'cut': data[:-30],
+    'a flipped bit': data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:],
+    'other arrays': bytes_of(np.savez, weights=np.zeros(3)),
+    'an item that is not': bytes_of(np.savez, **{**arrays, 'items': arrays['items'] + len(TEXTS)}),
+    'fewer lengths': bytes_of(np.savez, **{**arrays, 'lengths': arrays['lengths'][2:]}),
+    'pickled': bytes_of(np.savez, **{**arrays, 'tf': arrays['tf'].astype(object)}),
+    'format': with_head(format=99), 'options': with_head(options={'bias': 1}), 'words': with_head(words=['glue'])}
+
+
+def test_a_file_that_is_no_index_is_named(tmp_path):
+  path = tmp_path / 'index.npz'
+  Bm25(TEXTS).save(path)
+  for name, data in damaged(path.read_bytes()).items():
+    path.write_bytes(data)
+    with pytest.raises(UserError, match='index.npz.*build it anew'):
+      Bm25.load(path)
+      pytest.fail(name)
+  with pytest.raises(UserError, match='absent.npz'):
+    Bm25.load(tmp_path / 'absent.npz')
 
 
 def test_importing_the_ranker_does_not_start_jax():
@@ -192,6 +332,7 @@ def test_the_word_pattern_is_an_option():
   by_characters = Bm25Options(word=r'\w')
   assert by_characters.words('Ab 1') == ['a', 'b', '1']
   assert Bm25Options(word=r'(\d)+x').words('10x 5x') == ['10x', '5x']  # a group does not shorten a word
+  assert Bm25Options(word=r'(?:\d)+x').words('10x 5x') == ['10x', '5x']
 
 
 @pytest.mark.parametrize(('options', 'told'), [

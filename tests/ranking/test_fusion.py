@@ -81,6 +81,13 @@ def test_any_quasi_round_robin_is_the_brute_force(scores_GI, data):
   np.testing.assert_array_equal(quasi_round_robin(scores_GI[order], logprobs_G[order], epsilon=epsilon), fused_I)
 
 
+def test_the_scores_are_left_as_they_are():
+  scores_GI, logprobs_G = SCORES_GI.copy(), LOGPROBS_G.copy()
+  quasi_round_robin(scores_GI, logprobs_G)
+  np.testing.assert_array_equal(scores_GI, SCORES_GI)
+  np.testing.assert_array_equal(logprobs_G, LOGPROBS_G)
+
+
 def test_each_texts_best_item_comes_first_most_probable_text_first():
   rng = np.random.default_rng(0)
   for _ in range(20):
