@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print('calrec: interrupted.', file=sys.stderr)
     return 130
-  print(json.dumps(result, ensure_ascii=False) if options.json else text)
+  if options.json or text:
+    print(json.dumps(result, ensure_ascii=False) if options.json else text)
   return 0
 
 
@@ -151,6 +152,82 @@ def _score(options: argparse.Namespace) -> Outcome:
   lines = [f'{i:>8}  {"":>10}  {token!r}' if logprob is None else f'{i:>8}  {logprob:>10.4f}  {token!r}'
            for i, token, logprob in rows]
   return report, '\n'.join([*lines, f'sum of log-probabilities: {sum(report["logprobs"][1:]):.4f} nats'])
+
+
+def _index(options: argparse.Namespace) -> Outcome:
+  _import_tensorflow()
+  from calrec_jax.inference import loading
+  from calrec_jax.outputs import check_unused
+  from calrec_jax.ranking import index
+  check_unused(options.out)
+  old = index.load_index(options.old) if options.old else None
+  made = index.build_index(*index.read_catalogue(options.catalogue), loading.load(options.checkpoint), old=old)
+  made.save(options.out)
+  report = {'out': options.out, 'items': len(made.catalogue), 'texts': made.trie.n_texts, 'nodes': len(made.trie.lows_N),
+            'checkpoint': options.checkpoint}
+  return report, f'Wrote {options.out}: {report["items"]} items of {report["texts"]} texts.'
+
+
+def _recommend(options: argparse.Namespace) -> Outcome:
+  _import_tensorflow()
+  from calrec_jax.inference import loading
+  from calrec_jax.ranking import index, rankers
+  from calrec_jax.ranking.recommender import Filters, Recommender
+  in_stock = None
+  if options.in_stock:
+    try:
+      in_stock = pathlib.Path(options.in_stock).read_text(encoding='utf-8').split('\n')
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(f'{options.in_stock}: cannot be read ({type(error).__name__}); give a text file with an item id a line.'
+                      ) from error
+  filters = Filters(options.category, options.exclude_seen, None if in_stock is None else [line.strip() for line in in_stock])
+  names = rankers.check_names((options.ranker,))
+  loaded = loading.load(options.checkpoint)
+  if index.is_index(options.catalogue):
+    catalogue = index.load_index(options.catalogue)
+  else:
+    embed = 'dense' in rankers.needed_by(names, rankers.RankerOptions().shortlist)
+    catalogue = index.build_index(*index.read_catalogue(options.catalogue), loaded, embed=embed)
+  recommender = Recommender(loaded, catalogue, options=rankers.RankerOptions(fusion=options.fusion), seed=options.seed)
+
+  def recommend(history: list[str], user: str | None) -> list:
+    return recommender.recommend([history], options.top, ranker=options.ranker, filters=filters,
+                                 user_ids=None if user is None else [user], skip_unknown=options.skip_unknown)[0]
+  if options.history == '-':
+    _answer_lines(recommend)
+    options.json = False  # the answers are JSON, and nothing else is printed
+    return None, ''
+  found = recommend([item for item in options.history.split(',') if item], options.user)
+  return [vars(each) for each in found], _recommendations(found)
+
+
+def _answer_lines(recommend: Callable[[list[str], str | None], list]) -> None:
+  """Answers each JSON line of stdin, {"history": [...], "user_id": ...}, by one on stdout."""
+  for number, line in enumerate(sys.stdin, start=1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+      history, user = row['history'], row.get('user_id')
+      if not isinstance(history, list) or not all(isinstance(item, str) for item in history):
+        raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+      raise UserError(f'line {number} of the input: expected {{"history": ["item_id", ...], "user_id": "..."}}.') from None
+    try:
+      answer = {'recommendations': [vars(each) for each in recommend(history, user)]}
+    except UserError as error:  # of this line alone: the others have their answers
+      answer = {'error': str(error)}
+    print(json.dumps({'user_id': user, **answer}, ensure_ascii=False), flush=True)
+
+
+def _recommendations(found: list) -> str:
+  """A table of items with their scores and reasons."""
+  from calrec_jax.evaluation.examples import printable
+  cut = lambda text, width: text if len(text) <= width else text[:width - 1] + '…'
+  rows = [('item', 'score', 'title', 'reason'), *((cut(printable(each.item_id), 24), f'{each.score:.4f}', cut(printable(
+      each.title), 48), cut(printable(each.reason), 100)) for each in found)]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _configured(verb: str) -> Callable[[argparse.Namespace], Any]:
@@ -259,6 +336,7 @@ def parser() -> argparse.ArgumentParser:
     if name == 'train':
       verb.add_argument('--profile', action='store_true', help='trace three steps for TensorBoard, into MODEL_DIR/profile')
 
+  _ranking_verbs(verbs)
   verb = _verb(verbs, 'score', _score, "show a text's tokens and their log-probabilities, to see that an import is right",
                "calrec score --checkpoint runs/smollm2 --text 'The capital of France is Paris.'")
   verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')
@@ -269,6 +347,31 @@ def parser() -> argparse.ArgumentParser:
   verb.add_argument('--out', required=True, help='folder to write')
   verb.add_argument('--metrics', metavar='FILE', help='metrics.json of `calrec evaluate`, for the model card')
   return root
+
+
+def _ranking_verbs(verbs: Any) -> None:
+  verb = _verb(verbs, 'index', _index, "index a catalogue for the rankers: BM25, the trie of its texts, the texts' embeddings",
+               'calrec index --catalogue data/gift_cards --checkpoint runs/stage2 --out runs/index')
+  verb.add_argument('--catalogue', required=True, metavar='ITEMS', help='items file, or a histories folder')
+  verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')
+  verb.add_argument('--out', required=True, help='folder to write')
+  verb.add_argument('--old', metavar='INDEX', help='an index whose items need not be computed again; the rankings are the same')
+  verb = _verb(verbs, 'recommend', _recommend, 'recommend items for a purchase history',
+               'calrec recommend --checkpoint runs/stage2 --catalogue runs/index --history B001,B002 --exclude_seen\n'
+               '  calrec recommend --checkpoint runs/stage2 --catalogue runs/index --history - < histories.jsonl')
+  verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')
+  verb.add_argument('--catalogue', required=True, metavar='ITEMS', help='index, or what `calrec index` makes one of')
+  verb.add_argument('--history', required=True, metavar='ID,ID,...',
+                    help='items in time order; -: JSON lines {"history": [...], "user_id": ...} on stdin, an answer each')
+  verb.add_argument('--user', metavar='ID', help='on which, and on the seed, the sampling depends (default: on the history)')
+  verb.add_argument('--top', type=_positive, default=10, metavar='N', help='items (default %(default)s)')
+  verb.add_argument('--ranker', default='bm25', help='bm25, constrained, dense, likelihood or fused (default %(default)s)')
+  verb.add_argument('--fusion', metavar='FILE', help='weights of fused: fusion.json of `calrec infer` on the validation split')
+  verb.add_argument('--category', help='only items of this category, or with this level in theirs')
+  verb.add_argument('--exclude_seen', action='store_true', help='no items of the history')
+  verb.add_argument('--in_stock', metavar='FILE', help='only these items, an id a line')
+  verb.add_argument('--skip_unknown', action='store_true', help='pass over items of the history that the catalogue lacks')
+  verb.add_argument('--seed', type=int, default=0, help='of the sampling (default %(default)s)')
 
 
 def _verb(verbs: Any, name: str, run: Callable, about: str, example: str, more: str = '') -> argparse.ArgumentParser:

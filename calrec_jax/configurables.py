@@ -21,6 +21,7 @@ from calrec_jax.inference.generate import generate
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
 from calrec_jax.ranking.bm25 import Bm25Options
+from calrec_jax.ranking.rankers import RankerOptions
 from calrec_jax.text.batches import RowOptions
 from calrec_jax.text.templates import ItemTemplate
 from calrec_jax.text.vocabularies import load_vocabulary
@@ -33,7 +34,8 @@ CONFIGURABLES = {
     'text': ItemTemplate, 'vocabulary': load_vocabulary, 'inputs': Inputs, 'rows': RowOptions, 'decoder': DecoderConfig,
     'objective': Objective, 'optimizer': Optimizer, 'mesh': MeshShape, 'schedule': Schedule,
     'dense_metrics': dense_metrics, 'train': train,
-    'sample': generate, 'infer': runs.infer, 'bm25': Bm25Options, 'ranking': evaluate, 'evaluate': runs.rank}
+    'sample': generate, 'rankers': RankerOptions, 'infer': runs.infer, 'bm25': Bm25Options, 'ranking': evaluate,
+    'evaluate': runs.rank}
 
 for _name, _target in CONFIGURABLES.items():
   gin.external_configurable(_target, name=_name, module='calrec')

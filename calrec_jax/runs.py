@@ -2,23 +2,26 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import jax
-import numpy as np
 
 from calrec_jax import provenance
 from calrec_jax.data import histories, oracle
-from calrec_jax.data.histories import Histories
+from calrec_jax.data.histories import Histories, visible
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.evaluation.generations import NAME as GENERATIONS
 from calrec_jax.inference.generate import generate
-from calrec_jax.inference.loading import load
+from calrec_jax.inference.loading import Loaded, load
+from calrec_jax.models.decoding import Prefix
+from calrec_jax.ranking.bm25 import LUCENE, Bm25Options
+from calrec_jax.ranking.candidates import candidate_files, read_candidates
+from calrec_jax.ranking.catalogue import from_histories
+from calrec_jax.ranking.index import build_index, check_fits, load_index
+from calrec_jax.ranking.rank_fusion import learn, write_weights
+from calrec_jax.ranking.rankers import DEFAULTS, RankerOptions, Rankers, check_names, needed_by
 from calrec_jax.text.item_tokens import load_item_tokens
 from calrec_jax.text.templates import ItemTemplate
 
@@ -34,37 +37,87 @@ def load_data(data_dir: str | os.PathLike, name: str) -> Histories:
 
 
 def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: Callable[..., dict] = generate,
-          dtype: str = 'auto', gin_text: Callable[[], str] = str) -> dict[str, Any]:
-  """Samples item texts for the users of a data set into `out/generations.jsonl.gz`. The same call resumes.
+          rankers: Sequence[str] = ('bm25',), ranker_options: RankerOptions = DEFAULTS, bm25: Bm25Options = LUCENE,
+          index: str | None = None, dtype: str = 'auto', gin_text: Callable[[], str] = str) -> dict[str, Any]:
+  """Candidates for the users of a data set, into the folder `out`. The same call resumes.
 
   Args:
     checkpoint: a run's folder (its newest step) or one step's; it brings its vocabulary, texts and lengths.
     data_dir: holds the histories folders.
     task_name: the data set.
-    out: the folder to write.
+    out: the folder to write: `generations.jsonl.gz`, where texts are sampled, and a `candidates-<ranker>.jsonl.gz` for each
+      ranker but a lone `bm25`, which `rank` runs on the generations. On the validation split `fused` also writes its weights.
     sample: `generate` with its options set.
+    rankers: which of `ranking.rankers.RANKERS`.
+    ranker_options: their options.
+    bm25: which BM25.
+    index: a folder of `calrec index` over the data set's items; None: it is made for this run.
     dtype: computation, see `DecoderConfig`.
     gin_text: returns the operative configuration, for the record.
 
   Returns:
-    The report of `generate`.
+    The report of `generate`, and `fusion`, what was learned, where it was.
   """
+  names = check_names(rankers)
   data = load_data(data_dir, task_name)
   loaded = load(checkpoint, dtype=dtype)
   vocabulary, found = loaded.vocabulary, loaded.found
   folder = pathlib.Path(out)
+  searches = {}
+  if names != ('bm25',):
+    searched = _searched(loaded, data, names, ranker_options, bm25, index)
+    used = needed_by(names, ranker_options.shortlist)
+    searches = {'rank': searched, 'texts': 'bm25' in used,
+                'ranking': {'rankers': names, **dataclasses.asdict(ranker_options), 'bm25': dataclasses.asdict(bm25)}}
   with _folder(folder):
     report = sample(
-        decoder=loaded.decoder, params=loaded.params, vocabulary=vocabulary, histories=data,
+        decoder=loaded.decoder, params=loaded.by_layer, vocabulary=vocabulary, histories=data,
         item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, loaded.template, vocabulary),
-        out=folder / GENERATIONS,
-        identity=f'{found.model_dir.name} step {found.step}, weights {fingerprint(loaded.params)[:16]}',
-        max_prefix_length=loaded.lengths['inputs'], max_item_tokens=loaded.lengths['targets'])
+        out=folder / GENERATIONS, identity=f'{found.model_dir.name} step {found.step}, weights {loaded.weights[:16]}',
+        max_prefix_length=loaded.lengths['inputs'], max_item_tokens=loaded.lengths['targets'], **searches)
+    if 'fused' in names and report['split'] == 'validation':
+      report['fusion'] = _learn_fusion(folder, data)
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
                    data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
                    template=dataclasses.asdict(loaded.template))
-  provenance.write_scalars(folder, {f'infer/{name}': value for name, value in report.items() if name != 'split'})
+  provenance.write_scalars(folder, {f'infer/{name}': value for name, value in report.items() if isinstance(value, int | float)})
   return report
+
+
+def _searched(loaded: Loaded, data: Histories, names: Sequence[str], options: RankerOptions, bm25: Bm25Options,
+              folder: str | None) -> Callable[[Prefix, list[dict]], list[dict]]:
+  """A function that ranks a batch of users, for `generate`."""
+  if folder is None:
+    needed = needed_by(names, options.shortlist)
+    index = build_index(data.item_ids, data.items, loaded, bm25=bm25, embed='dense' in needed)
+  else:
+    index = load_index(folder)
+    check_fits(index, loaded)
+    if index.catalogue.item_ids != data.item_ids or index.catalogue.texts != from_histories(data, loaded.template).texts:
+      raise UserError(f'{folder}: is an index of another catalogue than that of {data.name}; build it anew with '
+                      '`calrec index`.')
+    if index.bm25.options != bm25:
+      raise UserError(f'{folder}: was made with another BM25 ({index.bm25.options}) than this run has ({bm25}).')
+  rankers = Rankers(loaded, index, names, options)
+
+  def rank(prefix: Prefix, rows: list[dict]) -> list[dict]:
+    texts = [(row['texts'], row['logprobs']) for row in rows] if rankers.samples else None
+    return [{name: (ranked.items, ranked.scores) for name, ranked in found.items()} for found in rankers.rank(prefix, texts)]
+  return rank
+
+
+def _learn_fusion(folder: pathlib.Path, data: Histories) -> dict[str, Any]:
+  """Learns from the users' validation targets what each ranking is worth; writes it, and returns it."""
+  numbers = {item_id: number for number, item_id in enumerate(data.item_ids)}
+  files = {name: path for name, path in candidate_files(folder).items() if name != 'fused'}
+  if not files:
+    return {}
+  by_name = {name: read_candidates(path, numbers) for name, path in files.items()}
+  targets = {data.user_ids[user]: int(data.history(user)[visible(len(data.history(user)), 'validation') - 1])
+             for user in range(len(data.user_ids)) if data.user_ids[user] in next(iter(by_name.values()))}
+  learned = learn([{name: lists[user] for name, lists in by_name.items()} for user in targets], list(targets.values()))
+  write_weights(folder, learned)
+  return learned
 
 
 @contextlib.contextmanager
@@ -79,14 +132,6 @@ def _folder(folder: pathlib.Path) -> Iterator[None]:
   finally:
     with contextlib.suppress(OSError):  # not empty: it holds results, or what the same call goes on from
       folder.rmdir()
-
-
-def fingerprint(params: Any) -> str:
-  """sha256 hex of a tree of arrays."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(params):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()
 
 
 def rank(*, data_dir: str, task_name: str, template: ItemTemplate, out: str, generations: str | None = None,

@@ -15,6 +15,7 @@ import tiny
 
 from calrec_jax import cli, runs
 from calrec_jax.errors import UserError
+from calrec_jax.inference.loading import fingerprint
 from calrec_jax.inference.generate import generate
 from calrec_jax.inference.partial import Partial
 from calrec_jax.text.templates import ItemTemplate
@@ -139,7 +140,7 @@ def test_generations_are_given_as_a_file_or_its_folder(tiny_store, trained, tmp_
 
 def test_weights_have_a_fingerprint():
   one, other = {'a': np.zeros(3), 'b': np.ones(2)}, {'a': np.zeros(3), 'b': np.array([1.0, 1.0000001])}
-  assert runs.fingerprint(one) == runs.fingerprint(dict(one)) != runs.fingerprint(other)
+  assert fingerprint(one) == fingerprint(dict(one)) != fingerprint(other)
 
 
 def calrec(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:

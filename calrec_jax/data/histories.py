@@ -97,8 +97,8 @@ def load(folder: str | os.PathLike) -> Histories:
   if not folder.is_dir():
     raise UserError(f'{folder}: no such folder; make it with `calrec prepare`.')
   description = _description(folder / 'dataset.json')
-  sequences, items = _find(folder, 'sequences'), _find(folder, 'items')
-  item_ids, fields = _read_items(items, json_lines.BadLines(items, None), progress=False)
+  sequences, items = find_file(folder, 'sequences'), find_file(folder, 'items')
+  item_ids, fields = read_items(items, json_lines.BadLines(items, None), progress=False)
   reader = _SequenceReader(sequences, item_ids, json_lines.BadLines(sequences, None))
   reader.read(min_length=1, progress=False)
   histories = reader.histories(description.get('name', folder.resolve().name), fields)
@@ -119,7 +119,7 @@ def _description(path: pathlib.Path) -> dict:
   return description
 
 
-def _find(folder: pathlib.Path, stem: str) -> pathlib.Path:
+def find_file(folder: pathlib.Path, stem: str) -> pathlib.Path:
   found = [folder / (stem + suffix) for suffix in _SUFFIXES if (folder / (stem + suffix)).exists()]
   if len(found) != 1:
     what = ' and '.join(path.name for path in found) or f'no {stem}.jsonl.gz (nor .jsonl, .parquet)'
@@ -188,7 +188,7 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
   with outputs.new_folder(out) as scratch:
     bad_items = json_lines.BadLines(items, max_bad_lines)
     bad_sequences = json_lines.BadLines(sequences, max_bad_lines)
-    item_ids, fields = _read_items(pathlib.Path(items), bad_items, progress=progress)
+    item_ids, fields = read_items(pathlib.Path(items), bad_items, progress=progress)
     reader = _SequenceReader(pathlib.Path(sequences), item_ids, bad_sequences)
     reader.read(min_length=min_length, progress=progress)
     histories = reader.histories(name, fields)
@@ -238,8 +238,8 @@ def _text_id(value: object) -> str | None:
   return value if isinstance(value, str) and value and not re.search('[\ud800-\udfff]', value) else None
 
 
-def _read_items(path: pathlib.Path, bad: json_lines.BadLines, *, progress: bool
-                ) -> tuple[dict[str, int], list[dict[str, str]]]:
+def read_items(path: pathlib.Path, bad: json_lines.BadLines, *, progress: bool = True
+               ) -> tuple[dict[str, int], list[dict[str, str]]]:
   """The items file as {item id: index} and the cleaned fields of each."""
   item_ids: dict[str, int] = {}
   fields = []

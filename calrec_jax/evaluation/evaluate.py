@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,13 +14,16 @@ from calrec_jax.errors import UserError
 from calrec_jax.evaluation import protocols
 from calrec_jax.evaluation.baselines import last_item, popularity, transitions
 from calrec_jax.evaluation.examples import examples
+from calrec_jax.evaluation.generations import NAME as GENERATIONS
 from calrec_jax.evaluation.generations import Generation, read_generations, shares, split_of
 from calrec_jax.evaluation.metrics import expected_metrics
 from calrec_jax.evaluation.rankings import read_rankings, write_rankings
 from calrec_jax.ranking import catalogue as catalogues
 from calrec_jax.ranking.bm25 import LUCENE, Bm25, Bm25Options
+from calrec_jax.ranking.candidates import candidate_files, read_candidates
 from calrec_jax.ranking.catalogue import Catalogue
 from calrec_jax.ranking.fusion import EPSILON, check_epsilon, quasi_round_robin
+from calrec_jax.ranking.order import Ranked
 from calrec_jax.text.templates import ItemTemplate
 
 Scorer = Callable[[int], np.ndarray]  # from a user's number to float64 [I]
@@ -28,6 +32,10 @@ Oracle = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 # The methods in the order of the table, with their names there.
 TITLES = {
   'calrec': 'CALRec',
+  'constrained': 'CALRec, constrained',
+  'dense': 'CALRec, dense',
+  'likelihood': 'CALRec, likelihood',
+  'fused': 'CALRec, fused',
   'popularity': 'Popularity',
   'last_item': 'Last item',
   'transitions': 'Item-to-item transitions',
@@ -59,7 +67,8 @@ def evaluate(
     template: how items are written: the one that the texts were generated with.
     out: a folder that does not exist yet, or is empty.
     split: `test` or `validation`; the generations must be of the same.
-    generations: the file of `calrec infer` (or its folder); None leaves CALRec out.
+    generations: the folder of `calrec infer` (or its file of texts); None leaves CALRec out. Each ranker whose candidates are
+      there is judged too: what it did not list is below what it did, and tied.
     oracle: from the ids of a context's items and of all items to float [I], the true probabilities of the next item;
       the table's ceiling, which no method sees.
     bm25: which BM25 maps generated texts onto items.
@@ -77,11 +86,17 @@ def evaluate(
   users, n_short = evaluated_users(histories, max_users)
   targets = [int(_visible_events(histories, user, split)[-1]) for user in users]
   catalogue = catalogues.from_histories(histories, template)
-  texts_of = {} if generations is None else _generations_of(generations, histories, users, split)
+  texts_of, candidates = {}, {}
+  if generations is not None:
+    candidates = _candidates_of(generations, histories, users, split)
+    if not candidates or _has_texts(generations):
+      texts_of = _generations_of(generations, histories, users, split)
 
   scorers: dict[str, Scorer] = {}
-  if generations is not None:
-    scorers['calrec'] = calrec_scorer(histories, catalogue, texts_of, bm25=bm25, epsilon=epsilon)
+  if texts_of:
+    scorers['calrec'] = calrec_scorer(histories, template, texts_of, bm25=bm25, epsilon=epsilon)
+  for name, ranked_of in candidates.items():
+    scorers[name] = _candidate_scorer(histories, ranked_of)
   for name, baseline in (('popularity', popularity), ('last_item', last_item), ('transitions', transitions)):
     scorers[name] = baseline.scorer(histories, split)
   if oracle is not None:
@@ -100,7 +115,7 @@ def evaluate(
       'epsilon': epsilon,
     },
   }
-  if generations is not None:
+  if texts_of:
     judged = (texts_of[histories.user_ids[user]] for user in users)
     result['generations'] = shares(judged, frozenset(catalogue.texts))
   with outputs.new_folder(out) as folder:
@@ -113,7 +128,7 @@ def evaluate(
       expected = expected_metrics(better_U, tied_U)
       result['methods'][name] = {metric: float(value_U.mean()) for metric, value_U in expected.items()}
     outputs.write_json(folder / 'metrics.json', result)
-    if generations is not None:
+    if texts_of:
       lines = read_rankings(folder / 'rankings-calrec.jsonl.gz')
       shown = examples(histories, catalogue, texts_of, lines, split=split, n_users=n_examples)
       (folder / 'examples.txt').write_text(shown, encoding='utf-8')
@@ -135,10 +150,10 @@ def evaluated_users(histories: Histories, max_users: int | None = None) -> tuple
 
 
 def calrec_scorer(
-  histories: Histories, catalogue: Catalogue, texts_of: Mapping[str, Generation], *, bm25: Bm25Options, epsilon: float
+  histories: Histories, template: ItemTemplate, texts_of: Mapping[str, Generation], *, bm25: Bm25Options, epsilon: float
 ) -> Scorer:
   """The paper's ranker: BM25 of a user's generated texts against all items, and the quasi-round-robin of the lists."""
-  index = Bm25(catalogue.texts, bm25)
+  index = Bm25(catalogues.indexed_texts(histories.items, template, bm25.fields), bm25)
 
   def scores_I(user: int) -> np.ndarray:
     generation = texts_of[histories.user_ids[user]]
@@ -174,15 +189,52 @@ def _oracle_scorer(histories: Histories, split: str, oracle: Oracle) -> Scorer:
   return scores_I
 
 
+def _has_texts(path: str | os.PathLike) -> bool:
+  path = pathlib.Path(path)
+  return path.is_file() or (path / GENERATIONS).is_file()
+
+
+def _check_split(path: str | os.PathLike, split: str) -> None:
+  made_for = split_of(path)
+  if made_for not in (None, split):
+    raise UserError(f'{path}: the texts were generated for the {made_for} split, not for {split}; set SPLIT to {made_for!r}, '
+                    f'or run `calrec infer` for {split}.')
+
+
+def _candidates_of(
+  path: str | os.PathLike, histories: Histories, users: Sequence[int], split: str
+) -> dict[str, dict[str, Ranked]]:
+  """Each ranker's candidates that lie in the folder, by user; BM25's are ranked anew from the texts."""
+  path = pathlib.Path(path)
+  files = candidate_files(path if path.is_dir() else path.parent)
+  if files:
+    _check_split(path, split)
+  numbers = {item_id: number for number, item_id in enumerate(histories.item_ids)}
+  found = {name: read_candidates(file, numbers) for name, file in files.items() if name != 'bm25' and name in TITLES}
+  for name, ranked_of in found.items():
+    missing = [histories.user_ids[user] for user in users if histories.user_ids[user] not in ranked_of]
+    if missing:
+      raise UserError(f'{files[name]}: no candidates for {len(missing)} of the {len(users)} users to evaluate (such as '
+                      f'{missing[0]!r}); finish `calrec infer` on the {split} split, or set max_users.')
+  return found
+
+
+def _candidate_scorer(histories: Histories, ranked_of: Mapping[str, Ranked]) -> Scorer:
+  def scores_I(user: int) -> np.ndarray:
+    ranked = ranked_of[histories.user_ids[user]]
+    scores_I = np.full(len(histories.item_ids), ranked.scores.min(initial=0) - 1)
+    scores_I[ranked.items] = ranked.scores
+    return scores_I
+
+  return scores_I
+
+
 def _generations_of(
   path: str | os.PathLike, histories: Histories, users: Sequence[int], split: str
 ) -> dict[str, Generation]:
   """Reads generations; raises UserError unless they are for this split and data set, and of all judged users."""
   found = read_generations(path)
-  made_for = split_of(path)
-  if made_for not in (None, split):
-    raise UserError(f'{path}: the texts were generated for the {made_for} split, not for {split}; set SPLIT to {made_for!r}, '
-                    f'or run `calrec infer` for {split}.')
+  _check_split(path, split)
   unknown = found.keys() - set(histories.user_ids)
   if unknown:
     raise UserError(f'{path}: {len(unknown)} of {len(found)} users are not in the data set {histories.name} (such as '

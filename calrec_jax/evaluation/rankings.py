@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import hashlib
 import io
 import json
 import pathlib
@@ -10,34 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from calrec_jax.ranking.order import tie_order, top_items
+
 TOP = 100
-
-
-def tie_order(item_ids: Sequence[str]) -> np.ndarray:
-  """int64 [I]: the item indices in the order in which tied items are listed, that of the SHA-256 of their ids.
-
-  The order of a catalogue may say something of its items (age, category); this one does not. It only orders the lists
-  in the rankings: no metric depends on it.
-  """
-  hashes = [hashlib.sha256(item_id.encode()).digest() for item_id in item_ids]
-  return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), np.int64)
 
 
 def place(scores_I: np.ndarray, target: int) -> tuple[int, int]:
   """(better, tied): how many items score strictly above the target, and how many others score exactly the same."""
   score = scores_I[target]
   return int(np.count_nonzero(scores_I > score)), int(np.count_nonzero(scores_I == score)) - 1
-
-
-def top_items(scores_I: np.ndarray, order_I: np.ndarray, n: int = TOP) -> np.ndarray:
-  """int64 [min(n, I)]: the best items by score, downwards; those with equal scores in the order of `order_I`."""
-  shuffled_I = scores_I[order_I]
-  n = min(n, len(shuffled_I))
-  bound = np.partition(shuffled_I, -n)[-n]
-  above = np.flatnonzero(shuffled_I > bound)
-  above = above[np.argsort(-shuffled_I[above], kind='stable')]
-  level = np.flatnonzero(shuffled_I == bound)[:n - len(above)]
-  return order_I[np.concatenate([above, level])]
 
 
 @contextlib.contextmanager
@@ -85,7 +65,7 @@ def write_rankings(
         raise ValueError(f'{path.stem}: expected {len(item_ids)} finite scores for user {user_ids[user]!r}.')
       better, tied = place(scores_I, target)
       places.append((better, tied))
-      best = top_items(scores_I, order_I)
+      best = top_items(scores_I, order_I, TOP)
       pairs = zip(best.tolist(), scores_I[best].tolist(), strict=True)
       top = ', '.join(f'{{"item_id": {id_json[item]}, "score": {score!r}}}' for item, score in pairs)
       head = json.dumps({'user_id': user_ids[user], 'target': item_ids[target], 'better': better, 'tied': tied},

@@ -1,7 +1,8 @@
 """Generates item texts for every user of a data set, and can be stopped and resumed (method: Inference).
 
 The output is `generations.jsonl.gz`, a line a user: {"user_id": "u7", "texts": ["Title: …", …], "logprobs": [-3.2, …],
-"finished": [true, …]}, most probable text first.
+"finished": [true, …]}, most probable text first. Where rankers rank as well, each has a `candidates-<ranker>.jsonl.gz` beside
+it: {"user_id": "u7", "item_ids": ["a", …], "scores": [0.9, …]}, best item first.
 """
 
 import functools
@@ -9,7 +10,7 @@ import hashlib
 import os
 import pathlib
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,21 +20,28 @@ from calrec_jax import outputs
 from calrec_jax.data import json_lines
 from calrec_jax.data.histories import Histories, visible
 from calrec_jax.errors import UserError
+from calrec_jax.inference.noise import user_keys
 from calrec_jax.inference.partial import Partial
 from calrec_jax.inference.prefixes import form_batches, make_prefixes
 from calrec_jax.inference.sampling import Samples, sample
+from calrec_jax.models import decoding
 from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoding import Prefix
 from calrec_jax.text.item_tokens import ItemTokens
 from calrec_jax.text.vocabularies import TokenizerVocabulary
 
 SPLITS = ('test', 'validation')
 
+Candidates = Mapping[str, tuple[np.ndarray, np.ndarray]]
+Rank = Callable[[Prefix, list[dict]], Sequence[Candidates]]
+
 
 def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabulary, histories: Histories,
              item_tokens: ItemTokens, out: str | os.PathLike, identity: str, split: str = 'test', n_samples: int = 32,
-             temperature: float = 0.5, max_new_tokens: int | None = None, max_prefix_length: int = 448,
+             temperature: float = 0.5, top_p: float = 1.0, max_new_tokens: int | None = None, max_prefix_length: int = 448,
              max_item_tokens: int = 64, users_per_batch: int = 8, seed: int = 0, max_users: int | None = None,
-             bucket: int = 64) -> dict:
+             bucket: int = 64, texts: bool = True, rank: Rank | None = None,
+             ranking: Mapping[str, object] | None = None) -> dict:
   """Samples texts of each user's next item, and writes them to the file `out`.
 
   Finished batches are kept in `<out>.partial` until all are; the same call takes them up again. Equal inputs give equal
@@ -41,7 +49,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
 
   Args:
     decoder: the model.
-    params: the parameters, unboxed, a nested mapping of arrays.
+    params: the parameters by layer (`decoding.by_layer`).
     vocabulary: the one that the model was trained with.
     histories: the data set. Users of fewer than three events have no leave-one-out split, and are left out.
     item_tokens: the catalogue's tokens in this vocabulary.
@@ -50,6 +58,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
     split: `test` or `validation`: the target is the last event that the split may see, the context is what is before.
     n_samples: texts sampled for a user; equal texts are merged.
     temperature: of the sampling; log-probabilities are at temperature 1 always. 0: the most probable token, always.
+    top_p: only the most probable tokens are sampled that have this probability together; 1: all.
     max_new_tokens: the longest text, its end included. None: the 99.9th percentile of the catalogue's.
     max_prefix_length: tokens; a longer context keeps its newest whole items.
     max_item_tokens: cap on an item's tokens, as in training.
@@ -57,6 +66,10 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
     seed: of the noise, which is a function of (seed, user id, sample, place in the text).
     max_users: if set, only the first so many users.
     bucket: prefixes are padded to multiples of this length.
+    texts: whether to sample texts; without them there is no file of generations.
+    rank: ranks the catalogue for a batch of users: from their prefixes, as they were read, and their rows (with texts, if these
+      are sampled) to each one's candidates by ranker, {ranker: (item numbers, scores)}.
+    ranking: what `rank` depends on, JSON values by name; `rankers` are their names.
 
   Returns:
     The report: counts of users; `texts_per_user`; shares (0 to 1) of `unfinished`, `empty` and `exact_match` (equal to
@@ -69,16 +82,18 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
   """
   began = time.monotonic()
   path = pathlib.Path(out)
-  if path.exists():
-    raise UserError(f'{path}: the output is already there; choose another place, or remove it first.')
-  options = {'split': split, 'n_samples': n_samples, 'temperature': temperature, 'max_new_tokens': max_new_tokens,
-             'max_prefix_length': max_prefix_length, 'max_item_tokens': max_item_tokens,
+  names = (ranking or {}).get('rankers', ())
+  there = [file for file in ([path] if texts else []) + [candidates_file(path, name) for name in names] if file.exists()]
+  if there and not pathlib.Path(f'{path}.partial').exists():  # with it they are of a run that was stopped while it wrote
+    raise UserError(f'{there[0]}: the output is already there; choose another place, or remove it first.')
+  options = {'split': split, 'n_samples': n_samples, 'temperature': temperature, 'top_p': top_p,
+             'max_new_tokens': max_new_tokens, 'max_prefix_length': max_prefix_length, 'max_item_tokens': max_item_tokens,
              'users_per_batch': users_per_batch, 'seed': seed, 'max_users': max_users, 'bucket': bucket}
   check_options(options)
   if max_new_tokens is None:
     max_new_tokens = options['max_new_tokens'] = default_max_new_tokens(item_tokens, max_item_tokens)
   sampler = functools.partial(
-      sample, decoder, params, n_samples=n_samples, temperature=temperature, max_new_tokens=max_new_tokens,
+      sample, decoder, params, n_samples=n_samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
       eos_id=vocabulary.eos_id, forbidden=forbidden_ids(vocabulary, decoder.config.vocab_size))
   prefixes = make_prefixes(vocabulary, item_tokens, max_item_tokens=max_item_tokens, max_length=max_prefix_length)
   users = eligible_users(histories, max_users)
@@ -86,7 +101,8 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
   kept = [prefixes.newest(items) for items in contexts]
   batches = form_batches(np.asarray([length for _, length in kept]), users_per_batch=users_per_batch, bucket=bucket)
   settings = {'identity': identity, 'data': histories.fingerprint, 'vocabulary': vocabulary.fingerprint,
-              'item_tokens': _digest(item_tokens), 'dtype': str(decoder.config.compute_dtype), **options}
+              'item_tokens': _digest(item_tokens), 'dtype': str(decoder.config.compute_dtype), **options,
+              'texts': texts, 'ranking': dict(ranking or {})}
   with Partial(f'{path}.partial', settings) as partial:
     n_resumed = sum(map(len, partial.batches))
     with tqdm.tqdm(total=len(users), initial=n_resumed, desc='infer', unit=' users', mininterval=0.5) as bar:
@@ -95,19 +111,43 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
         chosen_U = np.pad(chosen, (0, users_per_batch - len(chosen)), mode='edge')
         ids_U = [histories.user_ids[users[index]] for index in chosen_U]
         tokens_UP, lengths_U = padded([prefixes.tokens(kept[index][0]) for index in chosen_U], length)
-        samples = jax.device_get(sampler(tokens_UP, lengths_U, user_keys(seed, ids_U)))
-        if not np.isfinite(samples.logprobs_UN).all():
-          raise UserError(f'{identity}: the model gives log-probabilities that are not finite; take another one.')
-        partial.append([to_row(ids_U[row], row, samples, vocabulary) for row in range(len(chosen))])
+        prefix = prefill(decoder, params, tokens_UP, lengths_U, vocabulary.bos_id is not None)
+        rows = [{'user_id': user_id} for user_id in ids_U]
+        if texts:
+          samples = sampler(prefix, user_keys(seed, ids_U))
+          if not np.isfinite(samples.logprobs_UNT).all():
+            raise UserError(f'{identity}: the model gives log-probabilities that are not finite; take another one.')
+          rows = [to_row(user_id, row, samples, vocabulary) for row, user_id in enumerate(ids_U)]
+        if rank is not None:
+          for row, found in zip(rows, rank(prefix, rows), strict=True):
+            row['candidates'] = {name: [items.tolist(), scores.tolist()] for name, (items, scores) in found.items()}
+        partial.append(rows[:len(chosen)])
         bar.update(len(chosen))
     rows = {row['user_id']: row for batch in partial.batches for row in batch}
     ordered = [rows[histories.user_ids[user]] for user in users]
-    write_generations(path, ordered)
+    for name in names:
+      write_rows(candidates_file(path, name), (
+          {'user_id': row['user_id'], 'item_ids': [histories.item_ids[item] for item in row['candidates'][name][0]],
+           'scores': row['candidates'][name][1]} for row in ordered))
+    if texts:
+      write_rows(path, ({name: row[name] for name in ('user_id', 'texts', 'logprobs', 'finished')} for row in ordered))
     partial.remove()
   n_cut = sum(len(items) < len(all_items) for (items, _), all_items in zip(kept, contexts, strict=True))
+  seconds = time.monotonic() - began
   return {'split': split, 'users': len(users), 'users_cut': n_cut, 'users_resumed': n_resumed, 'max_new_tokens': max_new_tokens,
-          **text_shares(ordered, catalogue_texts(item_tokens, vocabulary), n_samples),
-          'seconds': round(time.monotonic() - began, 3)}
+          **(text_shares(ordered, catalogue_texts(item_tokens, vocabulary), n_samples) if texts else {}),
+          'seconds': round(seconds, 3), 'users_a_second': round((len(users) - n_resumed) / max(seconds, 1e-9), 3)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill(decoder: Decoder, params: Mapping, tokens_UP: np.ndarray, lengths_U: np.ndarray, bos: bool) -> Prefix:
+  """`decoding.prefill`, compiled once for each (U, P)."""
+  return decoding.prefill(decoder, params, tokens_UP, lengths_U, bos=bos)
+
+
+def candidates_file(generations: pathlib.Path, ranker: str) -> pathlib.Path:
+  """Where a ranker's candidates are, beside the generations."""
+  return generations.with_name(f'candidates-{ranker}.jsonl.gz')
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -116,6 +156,8 @@ def check_options(options: Mapping[str, object]) -> None:
     raise UserError(f"split = {options['split']!r}: choose one of {SPLITS}.")
   if not 0 <= options['temperature'] < float('inf'):
     raise UserError(f"temperature = {options['temperature']}: give a finite number >= 0 (the method: 0.5).")
+  if not 0 < options['top_p'] <= 1:
+    raise UserError(f"top_p = {options['top_p']}: give a number above 0, up to 1 (the method: 1).")
   for name in ('n_samples', 'max_new_tokens', 'max_prefix_length', 'max_item_tokens', 'users_per_batch', 'max_users',
                'bucket'):
     if options[name] is not None and options[name] < 1:
@@ -155,12 +197,6 @@ def forbidden_ids(vocabulary: TokenizerVocabulary, vocab_size: int) -> np.ndarra
   return forbidden_V
 
 
-def user_keys(seed: int, user_ids: Sequence[str]) -> np.ndarray:
-  """uint32 [U, 2], a hash of the seed and the user's id: whatever the user's place in a file or batch."""
-  digests = [hashlib.sha256(f'{seed}\n{user_id}'.encode()).digest()[:8] for user_id in user_ids]
-  return np.frombuffer(b''.join(digests), '<u4').reshape(-1, 2)
-
-
 def padded(prefixes: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
   """(tokens int32 [U, length] with zeros after each prefix, lengths int32 [U])."""
   tokens_UP = np.zeros((len(prefixes), length), np.int32)
@@ -191,11 +227,11 @@ def merge(texts: Iterable[str], logprobs: Iterable[float], finished: Iterable[bo
   return {'texts': order, 'logprobs': [best[text][1] for text in order], 'finished': [best[text][0] for text in order]}
 
 
-def write_generations(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
-  """Writes the output, whole or not at all, with the same bytes for the same rows."""
+def write_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
+  """Writes JSON lines, whole or not at all, with the same bytes for the same rows."""
   try:
     with outputs.new_file(path) as scratch:
-      json_lines.write(scratch, ({name: row[name] for name in ('user_id', 'texts', 'logprobs', 'finished')} for row in rows))
+      json_lines.write(scratch, rows)
   except OSError as error:
     raise UserError(f'{path}: cannot be written ({error.strerror}); make room, and run the same command again.'
                     ) from error

@@ -1,13 +1,16 @@
 """Loads a checkpoint to be read from: the decoder, its parameters and its vocabulary."""
 
 import dataclasses
+import functools
+import hashlib
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from calrec_jax.errors import UserError
-from calrec_jax.models import lora
+from calrec_jax.models import decoding, lora
 from calrec_jax.models.decoder import Decoder, abstract_params
 from calrec_jax.text.templates import ItemTemplate
 from calrec_jax.text.vocabularies import TokenizerVocabulary, load_vocabulary
@@ -35,6 +38,24 @@ class Loaded:
   vocabulary: TokenizerVocabulary
   template: ItemTemplate
   lengths: dict[str, int]
+
+  @functools.cached_property
+  def by_layer(self) -> dict[str, Any]:
+    """The parameters as decoding wants them."""
+    return decoding.by_layer(self.params)
+
+  @functools.cached_property
+  def weights(self) -> str:
+    """The parameters' fingerprint."""
+    return fingerprint(self.params)
+
+
+def fingerprint(params: Any) -> str:
+  """sha256 hex of a tree of arrays."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def load(checkpoint: str | pathlib.Path, *, dtype: str = 'auto', param_dtype: str = 'float32') -> Loaded:

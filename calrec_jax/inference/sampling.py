@@ -8,7 +8,8 @@ Axes: U users, N samples of each, R = U · N samples in all, B branches, T new t
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoding import Caches, Prefix
 
 SAMPLES = 32  # whose scores are in memory at once
+MOVED = 8  # suffixes copied at once
 LEVELS = 4  # numbers of branches, in parts of all samples, that programs are compiled for
 
 
@@ -30,15 +32,19 @@ class Samples:
   Attributes:
     tokens_UNT: int32; what follows a text's last token is `eos_id`. An unfinished text fills all T places.
     lengths_UN: int32, tokens before the end.
-    logprobs_UN: float32, nats: sum over the tokens and the end, at temperature 1, softmax over the whole vocabulary. An
-      unfinished text's sum has no end in it.
+    logprobs_UNT: float32, nats: of each token and of the end, at temperature 1, softmax over the whole vocabulary; 0 after it.
     finished_UN: bool, whether the end was sampled.
   """
 
   tokens_UNT: np.ndarray
   lengths_UN: np.ndarray
-  logprobs_UN: np.ndarray
+  logprobs_UNT: np.ndarray
   finished_UN: np.ndarray
+
+  @property
+  def logprobs_UN(self) -> np.ndarray:
+    """float32, of whole texts; an unfinished text's has no end in it."""
+    return self.logprobs_UNT.sum(axis=-1)
 
 
 def sample(decoder: Decoder, params: Mapping, prefix: Prefix, user_keys_U2: np.ndarray, *, n_samples: int = 32,
@@ -70,7 +76,7 @@ def sample(decoder: Decoder, params: Mapping, prefix: Prefix, user_keys_U2: np.n
     raise ValueError(f'forbidden: shape {allowed_V.shape}, expected ({vocab_size},) with eos_id {eos_id} allowed.')
   (U, N, T), V = (len(user_keys_U2), n_samples, max_new_tokens), vocab_size
   tokens_UNT = np.full((U, N, T), eos_id, np.int32)
-  logprobs_UN, finished_UN = np.zeros((U, N), np.float32), np.zeros((U, N), bool)
+  logprobs_UNT, finished_UN = np.zeros((U, N, T), np.float32), np.zeros((U, N), bool)
   draw = functools.partial(_draw, decoder, params, jnp.asarray(user_keys_U2, jnp.uint32), jnp.asarray(allowed_V), N,
                            float(temperature), float(top_p))
   users_B, branch_UN = np.arange(U), np.repeat(np.arange(U)[:, None], N, axis=1)
@@ -79,7 +85,7 @@ def sample(decoder: Decoder, params: Mapping, prefix: Prefix, user_keys_U2: np.n
     new_UN, new_logprobs_UN = map(np.asarray, draw(hidden_BD, branch_UN, np.int32(place)))
     open_UN = ~finished_UN
     tokens_UNT[:, :, place] = np.where(open_UN, new_UN, eos_id)
-    logprobs_UN += np.where(open_UN, new_logprobs_UN, 0)
+    logprobs_UNT[:, :, place] = np.where(open_UN, new_logprobs_UN, 0)
     finished_UN |= new_UN == eos_id
     if place == T - 1 or finished_UN.all():
       break
@@ -92,7 +98,7 @@ def sample(decoder: Decoder, params: Mapping, prefix: Prefix, user_keys_U2: np.n
       suffix = decoding.empty_suffix(decoder, level(len(users_B), U * N), T - 1)
     hidden_BD, suffix = advance(decoder, params, prefix, suffix, parents_B if place else None, tokens_B, users_B, N, place)
   lengths_UN = np.where(finished_UN, np.argmax(tokens_UNT == eos_id, axis=-1), T).astype(np.int32)
-  return Samples(tokens_UNT, lengths_UN, logprobs_UN, finished_UN)
+  return Samples(tokens_UNT, lengths_UN, logprobs_UNT, finished_UN)
 
 
 def level(needed: int, most: int) -> int:
@@ -119,17 +125,28 @@ def advance(decoder: Decoder, params: Mapping, prefix: Prefix, suffix: Caches, p
   U, n_branches = len(prefix.lengths_U), len(users_B)
   size = level(n_branches, U * width)
   pad = lambda x_B: np.pad(x_B, (0, size - n_branches)).astype(np.int32)
-  if parents_B is not None and (size != len(suffix[0].keys) or (parents_B != np.arange(n_branches)).any()):
-    suffix = _take(suffix, pad(parents_B))
+  if parents_B is not None:
+    moved = np.flatnonzero(parents_B != np.arange(n_branches))
+    if size != len(suffix[0].keys) or np.isin(parents_B[moved], moved).any():
+      suffix = _take(suffix, pad(parents_B))
+    else:  # most branches stand where their parents did: the others' suffixes are copied to theirs, in place
+      for start in range(0, len(moved), MOVED):
+        places = np.pad(moved[start:start + MOVED], (0, max(start + MOVED - len(moved), 0)), mode='edge')
+        suffix = _move(suffix, parents_B[places], places)
   widest = size if U == 1 else level(int(np.bincount(users_B).max()), width)
   of = decoding.branches(users_B, U, widest)
   of = decoding.Branches(of.members_UW, pad(of.places_B))  # padding goes with the first user's first branch
   return _advance(decoder, params, pad(tokens_B), prefix, suffix, of, np.int32(index))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@jax.jit
 def _take(suffix: Caches, parents_B: jax.Array) -> Caches:
   return jax.tree.map(lambda x: x[parents_B], suffix)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _move(suffix: Caches, parents_M: jax.Array, places_M: jax.Array) -> Caches:
+  return jax.tree.map(lambda x: x.at[places_M].set(x[parents_M]), suffix)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -194,7 +211,7 @@ def nucleus_bound(scores_RV: jax.Array, top_p: float) -> jax.Array:
   return jnp.min(jnp.where(weights_RV >= low_R1, scores_RV, jnp.inf), axis=-1, keepdims=True)
 
 
-def in_blocks(function, rows, size: int):
+def in_blocks(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
   """`function` of a tree of arrays [R, ...], so many rows at a time; its results lie in the same order."""
   n_rows = len(jax.tree.leaves(rows)[0])
   size = min(size, n_rows)

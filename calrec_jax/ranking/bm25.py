@@ -47,6 +47,7 @@ class Bm25Options:
     delta: lower bound of a word's effect; `bm25l` and `bm25+` only.
     word: regular expression of a word.
     lower: whether case is ignored.
+    fields: the fields of an item that are indexed, written as in its text; None: those of its text.
   """
 
   method: str = 'lucene'
@@ -55,8 +56,11 @@ class Bm25Options:
   delta: float = 0.5
   word: str = r'\w+'
   lower: bool = True
+  fields: tuple[str, ...] | None = None
 
   def __post_init__(self):
+    if self.fields is not None:
+      object.__setattr__(self, 'fields', tuple(self.fields))  # lists come out of JSON
     if self.method not in METHODS:
       raise UserError(f'bm25 method = {self.method!r}: choose one of {", ".join(METHODS)}.')
     for name, value, fits, range_ in (

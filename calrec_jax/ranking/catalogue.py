@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +42,12 @@ class Catalogue:
   def twins_I(self) -> np.ndarray:
     """int64 [I]: how many other items have the item's text."""
     return np.bincount(self.text_ids_I)[self.text_ids_I] - 1 if len(self) else np.zeros(0, np.int64)
+
+
+def indexed_texts(items: Sequence[Mapping[str, str]], template: ItemTemplate, fields: Sequence[str] | None) -> list[str]:
+  """What BM25 indexes of each item: its text, with these fields in the place of the template's, if any are given."""
+  template = template if fields is None else dataclasses.replace(template, fields=tuple(fields))
+  return [template.item_text(item) for item in items]
 
 
 def from_histories(histories: 'Histories', template: ItemTemplate) -> Catalogue:

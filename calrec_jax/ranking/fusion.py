@@ -1,7 +1,7 @@
 """The quasi-round-robin: the scores of many generated texts become one ranking (method: Inference)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -38,12 +38,29 @@ def quasi_round_robin(
   Returns:
     float64 [I]; zeros if there are no texts.
   """
+  fused_I = np.zeros(np.shape(scores_GI)[1])
+  for scaled_I in _scaled(scores_GI, logprobs_G, epsilon):
+    np.maximum(fused_I, scaled_I, out=fused_I)
+  return fused_I
+
+
+def best_texts(scores_GI: np.ndarray, logprobs_G: Sequence[float] | np.ndarray, items: np.ndarray, *,
+               epsilon: float = EPSILON) -> np.ndarray:
+  """int64, for each of some items: the text that it has its score from, see `quasi_round_robin`; -1 where it has none."""
+  best, texts = np.zeros(len(items)), np.full(len(items), -1)
+  for text, scaled_I in enumerate(_scaled(scores_GI, logprobs_G, epsilon)):
+    texts = np.where(scaled_I[items] > best, text, texts)
+    best = np.maximum(best, scaled_I[items])
+  return texts
+
+
+def _scaled(scores_GI: np.ndarray, logprobs_G: Sequence[float] | np.ndarray, epsilon: float) -> Iterator[np.ndarray]:
+  """Each text's scaled scores, float64 [I], in an array that the next ones are written into."""
   scores_GI = np.asarray(scores_GI, np.float64)
   weight_G = np.exp(epsilon * np.asarray(logprobs_G, np.float64))
   if scores_GI.shape[:1] != weight_G.shape:
     raise ValueError(f'Scores of {len(scores_GI)} texts, but {weight_G.shape} log-probabilities.')
-  fused_I = np.zeros(scores_GI.shape[1])
-  scaled_I = np.empty_like(fused_I)
+  scaled_I = np.empty(scores_GI.shape[1])
   for scores_I, weight in zip(scores_GI, weight_G, strict=True):  # text by text: what a text needs stays in the cache
     low, high = scores_I.min(), scores_I.max()
     if low == high:
@@ -53,5 +70,4 @@ def quasi_round_robin(
       # Division, not a product with the inverse: the best item must get exactly 1, so that equal weights tie.
       scaled_I /= high - low
     scaled_I *= weight
-    np.maximum(fused_I, scaled_I, out=fused_I)
-  return fused_I
+    yield scaled_I

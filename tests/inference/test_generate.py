@@ -16,6 +16,7 @@ from calrec_jax.evaluation.generations import read_generations, shares
 from calrec_jax.inference import generate as module
 from calrec_jax.inference.generate import generate, merge, text_shares
 from calrec_jax.inference.sampling import Samples
+from calrec_jax.models import decoding
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.text.item_tokens import ItemTokens, item_tokens
@@ -48,7 +49,7 @@ def parameters():
 
 
 def run(out, **kwargs):
-  options = {'decoder': DECODER, 'params': parameters(), 'vocabulary': VOCABULARY, 'histories': shop(),
+  options = {'decoder': DECODER, 'params': decoding.by_layer(parameters()), 'vocabulary': VOCABULARY, 'histories': shop(),
              'item_tokens': TABLE, 'identity': 'checkpoint 1', 'n_samples': 3, 'temperature': 1.0, 'max_new_tokens': 5,
              'users_per_batch': 2, 'bucket': 8} | kwargs
   return generate(out=out, **options)
@@ -148,12 +149,16 @@ def test_stopped_and_resumed_gives_the_bytes_of_a_run_that_was_not_stopped(tmp_p
 def test_what_the_model_reads_is_the_context_without_the_target(tmp_path, monkeypatch):
   seen = {}
 
-  def reading(decoder, params, tokens_UP, lengths_U, keys_U, **kwargs):
-    for tokens_P, length, key in zip(tokens_UP, lengths_U, keys_U, strict=True):
-      seen[tuple(key.tolist())] = VOCABULARY.decode(tokens_P[:length].tolist())
-    return sample(decoder, params, tokens_UP, lengths_U, keys_U, **kwargs)
-  sample = module.sample
-  monkeypatch.setattr(module, 'sample', reading)
+  def reading(decoder, params, tokens_UP, lengths_U, bos):
+    read.append([VOCABULARY.decode(tokens_P[:length].tolist()) for tokens_P, length in zip(tokens_UP, lengths_U, strict=True)])
+    return prefill(decoder, params, tokens_UP, lengths_U, bos)
+
+  def keyed(decoder, params, prefix, keys_U, **kwargs):
+    seen.update(zip(map(tuple, keys_U.tolist()), read[-1], strict=True))
+    return sample(decoder, params, prefix, keys_U, **kwargs)
+  read, prefill, sample = [], module.prefill, module.sample
+  monkeypatch.setattr(module, 'prefill', reading)
+  monkeypatch.setattr(module, 'sample', keyed)
   key = tuple(module.user_keys(0, ['u1'])[0].tolist())
   for split, items in (('test', [2, 3, 2, 1, 0]), ('validation', [2, 3, 2, 1])):
     run(tmp_path / f'{split}.gz', split=split)
@@ -167,14 +172,15 @@ def test_what_the_model_reads_is_the_context_without_the_target(tmp_path, monkey
 
 def fake(tokens_by_sample):
   """A sampler that writes these texts; None is an unfinished one."""
-  def sampler(decoder, params, tokens_UP, lengths_U, keys_U, *, max_new_tokens, eos_id, **kwargs):
-    U, N = len(tokens_UP), len(tokens_by_sample)
+  def sampler(decoder, params, prefix, keys_U, *, max_new_tokens, eos_id, **kwargs):
+    U, N = len(keys_U), len(tokens_by_sample)
     tokens_UNT = np.full((U, N, max_new_tokens), eos_id, np.int32)
     for n, tokens in enumerate(tokens_by_sample):
       tokens_UNT[:, n, :len(tokens)] = tokens
     lengths_UN = np.tile(np.array([len(tokens) for tokens in tokens_by_sample], np.int32), (U, 1))
-    logprobs_UN = np.tile(-np.arange(1, N + 1, dtype=np.float32), (U, 1))
-    return Samples(tokens_UNT, lengths_UN, logprobs_UN, lengths_UN < max_new_tokens)
+    logprobs_UNT = np.zeros(tokens_UNT.shape, np.float32)
+    logprobs_UNT[:, :, 0] = -np.arange(1, N + 1)
+    return Samples(tokens_UNT, lengths_UN, logprobs_UNT, lengths_UN < max_new_tokens)
   return sampler
 
 
@@ -228,7 +234,7 @@ def test_an_id_0_that_is_not_padding_may_be_sampled():
 
 @pytest.mark.parametrize('wrong, named', [
     ({'split': 'train'}, "split = 'train'"), ({'temperature': -1.0}, 'temperature = -1.0'),
-    ({'temperature': float('nan')}, 'temperature = nan'), ({'n_samples': 0}, 'n_samples = 0'),
+    ({'temperature': float('nan')}, 'temperature = nan'), ({'top_p': 0.0}, 'top_p = 0.0'), ({'top_p': 1.5}, 'top_p = 1.5'), ({'n_samples': 0}, 'n_samples = 0'),
     ({'max_new_tokens': 0}, 'max_new_tokens = 0'), ({'users_per_batch': 0}, 'users_per_batch = 0'),
     ({'max_users': 0}, 'max_users = 0'), ({'bucket': 0}, 'bucket = 0'), ({'max_item_tokens': 0}, 'max_item_tokens = 0'),
     ({'max_prefix_length': 2}, 'max_prefix_length = 2'), ({'histories': shop(('short',))}, 'no user has the three'),
@@ -259,7 +265,7 @@ def test_a_partial_file_of_other_settings_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_model_that_has_diverged_is_named(tmp_path):
-  broken = jax.tree.map(lambda x: x * np.nan, parameters())
+  broken = decoding.by_layer(jax.tree.map(lambda x: x * np.nan, parameters()))
   with pytest.raises(UserError, match='checkpoint 1: .* not finite'):
     run(tmp_path / 'a.gz', params=broken)
   assert not (tmp_path / 'a.gz').exists()

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from calrec_jax.inference import sampling
-from calrec_jax.inference.sampling import choose, sample, sample_keys
+from calrec_jax.inference.noise import sample_keys
+from calrec_jax.inference.sampling import choose, level, nucleus_bound, sample
+from calrec_jax.models import decoding
 from calrec_jax.models.attention import Step
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
@@ -32,9 +34,15 @@ def parameters():
   return jax.tree.map(lambda x: 3 * x, params)
 
 
-def draw(tokens_UP=TOKENS_UP, lengths_U=LENGTHS_U, keys_U=KEYS_U, **kwargs):
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(decoder, params, tokens_UP, lengths_U):
+  return decoding.prefill(decoder, params, tokens_UP, lengths_U, bos=False)
+
+
+def draw(tokens_UP=TOKENS_UP, lengths_U=LENGTHS_U, keys_U=KEYS_U, decoder=DECODER, params=None, **kwargs):
   options = {'n_samples': 4, 'temperature': 1.0, 'max_new_tokens': T, 'eos_id': EOS} | kwargs
-  return jax.device_get(sample(DECODER, parameters(), tokens_UP, lengths_U, keys_U, **options))
+  params = decoding.by_layer(parameters() if params is None else params)
+  return sample(decoder, params, prefill(decoder, params, tokens_UP, lengths_U), keys_U, **options)
 
 
 @jax.jit
@@ -65,27 +73,27 @@ def close(actual, expected, rtol=1e-5):
   np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=rtol * np.abs(expected).max())
 
 
-def watched(monkeypatch, step=Step, **kwargs):
-  """(logits [U, N, V] of every step that was taken, the samples); `step` is a mutant in the place of `Step`."""
+def watched(monkeypatch, step=None, lengths_U=LENGTHS_U, **kwargs):
+  """(the logits [U, N, V] of every step that was taken, the samples); `step` is a mutant in the place of `Step`."""
   seen = []
 
-  def recorded(logits_UNV, *args):
-    jax.debug.callback(lambda logits_UNV: seen.append(np.asarray(logits_UNV)), logits_UNV, ordered=True)
-    return choose(logits_UNV, *args)
+  def recorded(decoder, params, keys_U, allowed_V, N, temperature, top_p, hidden_BD, branch_UN, place):
+    seen.append(np.asarray(decoding.logits(decoder, params, hidden_BD))[branch_UN])
+    return _draw(decoder, params, keys_U, allowed_V, N, temperature, top_p, hidden_BD, branch_UN, place)
+  _draw = sampling._draw
   with monkeypatch.context() as patch:
-    patch.setattr(sampling, 'choose', recorded)
-    patch.setattr(sampling, 'Step', step)
-    original = sampling._sample.__wrapped__
-    anew = jax.jit(lambda *args: original(*args), static_argnums=(0, 6, 7, 8, 9))  # not from the cache
-    patch.setattr(sampling, '_sample', anew)
-    samples = draw(**kwargs)
-    jax.effects_barrier()
+    patch.setattr(sampling, '_draw', recorded)
+    if step:
+      patch.setattr(decoding, 'Step', step)
+      original = sampling._advance.__wrapped__
+      patch.setattr(sampling, '_advance', jax.jit(lambda *args: original(*args), static_argnums=0))  # not from the cache
+    samples = draw(lengths_U=lengths_U, **kwargs)
   return np.stack(seen), samples
 
 
-def check_steps(monkeypatch, lengths_U=LENGTHS_U, step=Step):
+def check_steps(monkeypatch, lengths_U=LENGTHS_U, step=None, **kwargs):
   """Holds the logits of each step against plain forward passes. Mutants: `lengths_U`, `step`."""
-  logits_TUNV, samples = watched(monkeypatch, step, lengths_U=lengths_U, n_samples=2)
+  logits_TUNV, samples = watched(monkeypatch, step, lengths_U, **{'n_samples': 2} | kwargs)
   for user, n, tokens, expected in texts(samples):
     n_steps = len(tokens) + bool(samples.finished_UN[user, n])
     close(logits_TUNV[:n_steps, user, n], expected[:n_steps])
@@ -98,15 +106,32 @@ def test_the_logits_of_every_step_are_those_of_a_plain_forward_pass(monkeypatch)
   assert len({tuple(text) for text in samples.tokens_UNT[0].tolist()}) == 2
 
 
+def test_equal_samples_are_one_branch_until_they_part(monkeypatch):
+  numbers, advance = [], sampling.advance
+
+  def counted(*args):
+    numbers.append(len(args[6]))
+    return advance(*args)
+  monkeypatch.setattr(sampling, 'advance', counted)
+  logits_TUNV, samples = check_steps(monkeypatch, n_samples=16, temperature=0.5)
+  for place, number in enumerate(numbers):
+    texts_so_far = {(user, *tokens_T[:place + 1]) for user in range(3) for n, tokens_T in enumerate(samples.tokens_UNT[user])
+                    if samples.lengths_UN[user, n] > place}
+    assert number == len(texts_so_far)
+  assert numbers[0] < numbers[-1] < 3 * 16  # they did part, and some were the same to the end
+
+
 MUTANTS = {
     'positions continue from the padded length':
-        lambda positions, mask, index: Step(jnp.full_like(positions, mask.shape[1]) + index, mask, index),
-    'positions start anew': lambda positions, mask, index: Step(jnp.full_like(positions, index), mask, index),
-    'positions are one late': lambda positions, mask, index: Step(positions + 1, mask, index),
-    'padding is seen': lambda positions, mask, index: Step(positions, jnp.ones_like(mask), index),
+        lambda positions, mask, index, *of: Step(jnp.full_like(positions, mask.shape[1]) + index, mask, index, *of),
+    'positions start anew': lambda positions, mask, index, *of: Step(jnp.full_like(positions, index), mask, index, *of),
+    'positions are one late': lambda positions, mask, index, *of: Step(positions + 1, mask, index, *of),
+    'padding is seen': lambda positions, mask, index, *of: Step(positions, jnp.ones_like(mask), index, *of),
     'the last prefix token is not seen':
-        lambda positions, mask, index: Step(positions, mask & jnp.roll(mask, -1, axis=1), index),
-    'the suffix is one late': lambda positions, mask, index: Step(positions, mask, index + 1),
+        lambda positions, mask, index, *of: Step(positions, mask & jnp.roll(mask, -1, axis=1), index, *of),
+    'the suffix is one late': lambda positions, mask, index, *of: Step(positions, mask, index + 1, *of),
+    "another user's prefix is seen":
+        lambda positions, mask, index, members, places: Step(positions, mask, index, members[::-1], places),
 }
 
 
@@ -114,6 +139,16 @@ MUTANTS = {
 def test_the_comparison_fails_when(monkeypatch, mutant):
   with pytest.raises(AssertionError):
     check_steps(monkeypatch, step=MUTANTS[mutant])
+
+
+@pytest.mark.parametrize('lost', ['the parents', 'all but the first'])
+def test_the_comparison_fails_when_suffixes_are_not_those_of(monkeypatch, lost):
+  wrong = {'the parents': lambda suffix, parents_B: suffix, 'all but the first': lambda suffix, parents_B: jax.tree.map(
+      lambda x: x[jnp.zeros_like(parents_B)], suffix)}[lost]
+  monkeypatch.setattr(sampling, '_take', wrong)
+  monkeypatch.setattr(sampling, 'LEVELS', 1)  # so that nothing else is taken
+  with pytest.raises(AssertionError):
+    check_steps(monkeypatch, n_samples=8)
 
 
 def test_the_comparison_fails_when_lengths_are_those_of_the_padded_prefixes(monkeypatch):
@@ -169,7 +204,7 @@ def same(a, b):
 
 
 def take(samples, users, n=slice(None)):
-  return jax.tree.map(lambda x: x[users][:, n], samples)
+  return sampling.Samples(*(x[users][:, n] for x in dataclasses.astuple(samples)))
 
 
 def test_a_user_gets_the_same_texts_in_any_batch_order_bucket_and_number_of_samples():
@@ -190,24 +225,20 @@ def test_noise_differs_between_users_samples_and_seeds():
   assert len(np.unique(twice.tokens_UNT[0], axis=0)) > 1
 
 
-def test_typed_keys_are_taken_as_they_are():
-  same(draw(keys_U=jax.random.wrap_key_data(KEYS_U, impl='threefry2x32')), draw())
-
-
 def chi_square(counts, probabilities):
   expected = counts.sum() * probabilities
   return ((counts - expected)**2 / expected).sum()
 
 
 @functools.cache
-def chosen(temperature: float, place: int) -> np.ndarray:
+def chosen(temperature: float, place: int, top_p: float = 1.0) -> np.ndarray:
   """20,000 choices from one distribution over 8 tokens, of which the last is forbidden."""
   logits_V = jnp.asarray(np.linspace(-1, 1.5, 8), jnp.float32)
-  logits_UNV = jnp.broadcast_to(logits_V, (2, 10_000, 8))
-  keys_UN = sample_keys(jax.random.split(jax.random.key(0), 2), 10_000)
-  tokens_UN, logprobs_UN = choose(logits_UNV, keys_UN, jnp.int32(place), jnp.arange(8) < 7, temperature)
-  np.testing.assert_allclose(logprobs_UN, jax.nn.log_softmax(logits_V)[tokens_UN], rtol=1e-5)  # forbidden one included
-  return np.asarray(tokens_UN).reshape(-1)
+  keys_R = sample_keys(np.arange(4).reshape(2, 2), 10_000).reshape(-1)
+  logits_RV = jnp.broadcast_to(logits_V, (len(keys_R), 8))
+  tokens_R, chosen_R = choose(logits_RV, keys_R, jnp.int32(place), jnp.arange(8) < 7, temperature, top_p)
+  np.testing.assert_array_equal(chosen_R, logits_V[tokens_R])
+  return np.asarray(tokens_R)
 
 
 def softmax(logits):
@@ -220,6 +251,25 @@ def test_frequencies_are_the_softmax_at_the_temperature_without_the_forbidden():
   assert counts[7] == 0
   assert chi_square(counts[:7], softmax(logits / 0.5)) < 27.9  # 6 degrees of freedom: 1 in 10,000
   assert chi_square(counts[:7], softmax(logits)) > 1000  # mutant: temperature 1
+
+
+@pytest.mark.parametrize('top_p, kept', [(0.15, 1), (0.5, 2), (0.9, 5), (0.999, 7)])
+def test_top_p_keeps_the_most_probable_tokens_that_have_it_together(top_p, kept):
+  probabilities = softmax(np.linspace(-1, 1.5, 8)[:7] / 0.7)
+  assert np.cumsum(probabilities[::-1])[kept - 1] >= top_p > np.cumsum(probabilities[::-1])[kept - 1] - probabilities[-kept]
+  counts = np.bincount(chosen(0.7, 0, top_p), minlength=8)
+  assert not counts[:7 - kept].any() and not counts[7]
+  nucleus = probabilities[7 - kept:] / probabilities[7 - kept:].sum()
+  assert chi_square(counts[7 - kept:7], nucleus) < 27.9
+
+
+def test_the_nucleus_is_that_of_a_sort():
+  scores_RV = np.random.default_rng(0).normal(size=(50, 200)).astype(np.float32) * 3
+  bound_R1 = np.asarray(nucleus_bound(jnp.asarray(scores_RV), 0.7))
+  for scores_V, bound in zip(scores_RV, bound_R1[:, 0], strict=True):
+    downwards = np.sort(scores_V.astype(np.float64))[::-1]
+    n = np.searchsorted(np.cumsum(softmax(downwards)), 0.7) + 1
+    assert bound == np.float32(downwards[n - 1])
 
 
 def test_choices_at_two_places_are_independent():
@@ -251,14 +301,14 @@ def test_sampling_stops_when_all_have_ended(monkeypatch):
   assert samples.finished_UN.all() and len(steps) == samples.lengths_UN.max() + 1 < 40
 
 
-def test_one_program_for_each_number_of_users_and_prefix_length():
-  before = sampling._sample._cache_size()
-  options = {'n_samples': 5, 'max_new_tokens': 2}
-  draw(**options)
-  draw(lengths_U=LENGTHS_U[::-1], keys_U=KEYS_U + 1, forbidden=np.arange(V) == 0, **options)
-  assert sampling._sample._cache_size() == before + 1
-  draw(np.pad(TOKENS_UP, ((0, 0), (0, 8))), **options)
-  assert sampling._sample._cache_size() == before + 2
+def test_there_are_few_programs():
+  before = sampling._advance._cache_size()
+  options = {'n_samples': 16, 'max_new_tokens': 5}
+  for keys_U in (KEYS_U, KEYS_U + 1, KEYS_U + 2):
+    draw(keys_U=keys_U, **options)
+  assert sampling._advance._cache_size() <= before + sampling.LEVELS * 2
+  assert [level(n, 32) for n in (1, 8, 9, 25, 32)] == [8, 8, 16, 32, 32]
+  assert [level(n, 6) for n in (1, 2, 3, 5, 6)] == [2, 2, 4, 6, 6] and level(1, 1) == 1
 
 
 @pytest.mark.parametrize('forbidden', [np.arange(V) == EOS, np.zeros(V + 1, bool)])
@@ -292,9 +342,7 @@ def law_6(config: DecoderConfig, stepped: DecoderConfig) -> None:
   params = nn.meta.unbox(jax.jit(Decoder(config).init)(jax.random.key(0), tokens, tokens + 1, tokens))['params']
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: 2 * x + jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params)
-  sampled = optimized(lambda params: sample(Decoder(stepped), params, TOKENS_UP, LENGTHS_U, KEYS_U, n_samples=2,
-                                            temperature=2.0, max_new_tokens=T, eos_id=EOS, forbidden=np.arange(V) == 0))
-  samples = jax.device_get(sampled(params))
+  samples = draw(decoder=Decoder(stepped), params=params, n_samples=2, temperature=2.0, forbidden=np.arange(V) == 0)
   rows_BL = np.zeros((6, 8 + T), np.int32)
   for row_L, user, n in zip(rows_BL, np.repeat(range(3), 2), [0, 1] * 3, strict=True):
     row_L[:LENGTHS_U[user]] = TOKENS_UP[user, :LENGTHS_U[user]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from calrec_jax.errors import UserError
-from calrec_jax.models.attention import Whole, causal_mask
+from calrec_jax.models import decoder as module
+from calrec_jax.models.attention import causal_mask
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
 from calrec_jax.models.rope import frequencies, rotation, scaled
@@ -181,11 +183,11 @@ def input_gradient(mask_of, query: int, segments_BL):
   tokens_BL, positions_BL = jnp.arange(length)[None] % CONFIG.vocab_size, jnp.arange(length)[None]
 
   def energy(table_VD):
-    where = Whole(positions_BL, mask_of(segments_BL))
-    module = lambda m: m._hidden(tokens_BL, None, where, False, False)[0]
-    return jnp.sum(nn.apply(module, decoder)({'params': {**params, 'embedding': table_VD}})[0, query] ** 2)
+    hidden_BLD = decoder.apply({'params': {**params, 'embedding': table_VD}}, tokens_BL, segments_BL, positions_BL)
+    return jnp.sum(hidden_BLD[0, query] ** 2)
 
-  return np.abs(jax.grad(energy)(params['embedding'])[:length]).max(-1)  # each position has a token of its own
+  with mock.patch.object(module, 'causal_mask', mask_of):
+    return np.abs(jax.grad(energy)(params['embedding'])[:length]).max(-1)  # each position has a token of its own
 
 
 def test_nothing_flows_from_later_tokens_or_other_segments():
@@ -275,23 +277,6 @@ def test_a_program_does_not_grow_with_the_layers_whatever_their_pattern():
     return str(jax.make_jaxpr(jax.grad(loss))(nn.unbox(params))).count('dot_general')
   for pattern in ('G', 'LLLLLG'):
     assert program(6, pattern) == program(26, pattern) > 10  # 26 is no multiple of the pattern
-
-
-def test_prefill_is_the_forward_pass_and_keeps_keys_and_values_of_all_layers():
-  decoder, params = initial(CONFIG)
-  inputs = row(7)
-  states, cache = hidden(decoder, params, *inputs, method='prefill')
-  close(states, hidden(decoder, params, *inputs))
-  assert cache.keys.shape == cache.values.shape == (3, 1, 7, 2, 8)
-  y_BLD = np.asarray(params['embedding'])[np.asarray(inputs[0])]
-  y_BLD = y_BLD / np.sqrt((y_BLD**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
-  y_BLD = y_BLD * np.asarray(params['layers']['attention_norm']['scale'][0])
-  close(cache.values[0], np.einsum('bld,dgk->blgk', y_BLD, params['layers']['attention']['value']['kernel'][0]))
-
-
-def test_empty_suffix_has_a_place_for_each_step():
-  suffix = Decoder(CONFIG).apply({'params': initial(CONFIG)[1]}, 2, 5, 6, method='empty_suffix')
-  assert suffix.keys.shape == (3, 2, 5, 6, 2, 8) and not suffix.keys.any()
 
 
 @pytest.mark.parametrize('tied', [True, False])
