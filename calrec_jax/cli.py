@@ -194,6 +194,7 @@ def _recommend(options: argparse.Namespace) -> Outcome:
     return recommender.recommend([history], options.top, ranker=options.ranker, filters=filters,
                                  user_ids=None if user is None else [user], skip_unknown=options.skip_unknown)[0]
   if options.history == '-':
+    recommender.recommend([], options.top, ranker=options.ranker, filters=filters)  # before any line: do the options fit?
     _answer_lines(recommend)
     options.json = False  # the answers are JSON, and nothing else is printed
     return None, ''
@@ -203,14 +204,16 @@ def _recommend(options: argparse.Namespace) -> Outcome:
 
 def _answer_lines(recommend: Callable[[list[str], str | None], list]) -> None:
   """Answers each JSON line of stdin, {"history": [...], "user_id": ...}, by one on stdout."""
-  for number, line in enumerate(sys.stdin, start=1):
+  for number, line in enumerate(sys.stdin.buffer, start=1):
     if not line.strip():
       continue
     try:
       row = json.loads(line)
       history, user = row['history'], row.get('user_id')
-      if not isinstance(history, list) or not all(isinstance(item, str) for item in history):
+      ids = [*history, *([] if user is None else [user])]
+      if not isinstance(history, list) or not all(isinstance(each, str) for each in ids):
         raise ValueError
+      ''.join(ids).encode()  # raises ValueError: halves of surrogate pairs are no text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
       raise UserError(f'line {number} of the input: expected {{"history": ["item_id", ...], "user_id": "..."}}.') from None
     try:

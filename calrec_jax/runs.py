@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from calrec_jax import provenance
 from calrec_jax.data import histories, oracle
 from calrec_jax.data.histories import Histories, visible
@@ -75,6 +77,8 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
         item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, loaded.template, vocabulary),
         out=folder / GENERATIONS, identity=f'{found.model_dir.name} step {found.step}, weights {loaded.weights[:16]}',
         max_prefix_length=loaded.lengths['inputs'], max_item_tokens=loaded.lengths['targets'], **searches)
+    if jax.process_index():  # the first process has the outputs
+      return report
     if 'fused' in names and report['split'] == 'validation':
       report['fusion'] = _learn_fusion(folder, data)
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,

@@ -49,6 +49,16 @@ def tiny_store(tmp_path_factory) -> pathlib.Path:
   return tiny.write_store(tmp_path_factory.mktemp('tiny'))
 
 
+@pytest.fixture(scope='session')
+def trained_run(tiny_store, tmp_path_factory) -> pathlib.Path:
+  """A run on both data sets of the tiny store that has learned what its items' texts look like. Tests read it."""
+  import tiny
+  model_dir = tmp_path_factory.mktemp('trained_run') / 'run'
+  tiny.train(tiny_store, model_dir, train_steps=30, optimizer=tiny.Optimizer(learning_rate=0.02, warmup_steps=2),
+             schedule=tiny.Schedule(log_every=1, eval_every=0, save_every=100))
+  return model_dir
+
+
 def _fail_forbidden_skip(report) -> None:
   """With CALREC_STRICT_SKIPS a skip is a failure, so that a law cannot go unchecked unseen; T5X is not on PyPI."""
   if os.environ.get('CALREC_STRICT_SKIPS') != '1' or not report.skipped or hasattr(report, 'wasxfail'):

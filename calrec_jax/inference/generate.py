@@ -15,13 +15,14 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 import jax
 import numpy as np
 import tqdm
+from orbax.checkpoint import multihost
 
 from calrec_jax import outputs
 from calrec_jax.data import json_lines
 from calrec_jax.data.histories import Histories, visible
 from calrec_jax.errors import UserError
 from calrec_jax.inference.noise import user_keys
-from calrec_jax.inference.partial import Partial
+from calrec_jax.inference.partial import Partial, finished_rows, partial_file, partial_files
 from calrec_jax.inference.prefixes import form_batches, make_prefixes
 from calrec_jax.inference.sampling import Samples, sample
 from calrec_jax.models import decoding
@@ -45,7 +46,8 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
   """Samples texts of each user's next item, and writes them to the file `out`.
 
   Finished batches are kept in `<out>.partial` until all are; the same call takes them up again. Equal inputs give equal
-  bytes (same kind of machine), whether stopped or not.
+  bytes (same kind of machine), whether stopped or not. Several processes share the batches, and the first one writes the
+  outputs: the folder must be one that all see. Their number may change when a run goes on.
 
   Args:
     decoder: the model.
@@ -84,7 +86,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
   path = pathlib.Path(out)
   names = (ranking or {}).get('rankers', ())
   there = [file for file in ([path] if texts else []) + [candidates_file(path, name) for name in names] if file.exists()]
-  if there and not pathlib.Path(f'{path}.partial').exists():  # with it they are of a run that was stopped while it wrote
+  if there and not partial_files(path):  # with it they are of a run that was stopped while it wrote
     raise UserError(f'{there[0]}: the output is already there; choose another place, or remove it first.')
   options = {'split': split, 'n_samples': n_samples, 'temperature': temperature, 'top_p': top_p,
              'max_new_tokens': max_new_tokens, 'max_prefix_length': max_prefix_length, 'max_item_tokens': max_item_tokens,
@@ -103,40 +105,69 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
   settings = {'identity': identity, 'data': histories.fingerprint, 'vocabulary': vocabulary.fingerprint,
               'item_tokens': _digest(item_tokens), 'dtype': str(decoder.config.compute_dtype), **options,
               'texts': texts, 'ranking': dict(ranking or {})}
-  with Partial(f'{path}.partial', settings) as partial:
-    n_resumed = sum(map(len, partial.batches))
-    with tqdm.tqdm(total=len(users), initial=n_resumed, desc='infer', unit=' users', mininterval=0.5) as bar:
-      for chosen, length in batches[len(partial.batches):]:
-        # A batch has a fixed shape: copies of its last user fill it up, which end when that one ends.
-        chosen_U = np.pad(chosen, (0, users_per_batch - len(chosen)), mode='edge')
-        ids_U = [histories.user_ids[users[index]] for index in chosen_U]
-        tokens_UP, lengths_U = padded([prefixes.tokens(kept[index][0]) for index in chosen_U], length)
-        prefix = prefill(decoder, params, tokens_UP, lengths_U, vocabulary.bos_id is not None)
-        rows = [{'user_id': user_id} for user_id in ids_U]
-        if texts:
-          samples = sampler(prefix, user_keys(seed, ids_U))
-          if not np.isfinite(samples.logprobs_UNT).all():
-            raise UserError(f'{identity}: the model gives log-probabilities that are not finite; take another one.')
-          rows = [to_row(user_id, row, samples, vocabulary) for row, user_id in enumerate(ids_U)]
-        if rank is not None:
-          for row, found in zip(rows, rank(prefix, rows), strict=True):
-            row['candidates'] = {name: [items.tolist(), scores.tolist()] for name, (items, scores) in found.items()}
-        partial.append(rows[:len(chosen)])
-        bar.update(len(chosen))
-    rows = {row['user_id']: row for batch in partial.batches for row in batch}
-    ordered = [rows[histories.user_ids[user]] for user in users]
-    for name in names:
-      write_rows(candidates_file(path, name), (
-          {'user_id': row['user_id'], 'item_ids': [histories.item_ids[item] for item in row['candidates'][name][0]],
-           'scores': row['candidates'][name][1]} for row in ordered))
+  def candidates_of(chosen: np.ndarray, length: int) -> list[dict]:
+    """The rows of a batch. It has a fixed shape: copies of its last user fill it up, which end when that one ends."""
+    chosen_U = np.pad(chosen, (0, users_per_batch - len(chosen)), mode='edge')
+    ids_U = [histories.user_ids[users[index]] for index in chosen_U]
+    tokens_UP, lengths_U = padded([prefixes.tokens(kept[index][0]) for index in chosen_U], length)
+    prefix = prefill(decoder, params, tokens_UP, lengths_U, vocabulary.bos_id is not None)
+    rows = [{'user_id': user_id} for user_id in ids_U]
     if texts:
-      write_rows(path, ({name: row[name] for name in ('user_id', 'texts', 'logprobs', 'finished')} for row in ordered))
-    partial.remove()
-  n_cut = sum(len(items) < len(all_items) for (items, _), all_items in zip(kept, contexts, strict=True))
+      samples = sampler(prefix, user_keys(seed, ids_U))
+      if not np.isfinite(samples.logprobs_UNT).all():
+        raise UserError(f'{identity}: the model gives log-probabilities that are not finite; take another one.')
+      rows = [to_row(user_id, row, samples, vocabulary) for row, user_id in enumerate(ids_U)]
+    if rank is not None:
+      for row, found in zip(rows, rank(prefix, rows), strict=True):
+        row['candidates'] = {name: [items.tolist(), scores.tolist()] for name, (items, scores) in found.items()}
+    return rows[:len(chosen)]
+
+  ids = [histories.user_ids[user] for user in users]
+  n_resumed = _run(path, settings, batches, ids, candidates_of)
+  report = {'split': split, 'users': len(users), 'users_resumed': n_resumed, 'max_new_tokens': max_new_tokens,
+            'users_cut': sum(len(items) < len(of_user) for (items, _), of_user in zip(kept, contexts, strict=True))}
+  if jax.process_index() == 0:
+    rows = finished_rows(path, settings)
+    ordered = [rows[user_id] for user_id in ids]
+    _write(path, ordered, names, texts, histories.item_ids)
+    if texts:
+      report |= text_shares(ordered, catalogue_texts(item_tokens, vocabulary), n_samples)
   seconds = time.monotonic() - began
-  return {'split': split, 'users': len(users), 'users_cut': n_cut, 'users_resumed': n_resumed, 'max_new_tokens': max_new_tokens,
-          **(text_shares(ordered, catalogue_texts(item_tokens, vocabulary), n_samples) if texts else {}),
-          'seconds': round(seconds, 3), 'users_a_second': round((len(users) - n_resumed) / max(seconds, 1e-9), 3)}
+  return report | {'seconds': round(seconds, 3), 'users_a_second': round((len(users) - n_resumed) / max(seconds, 1e-9), 3)}
+
+
+def _run(path: pathlib.Path, settings: Mapping, batches: Sequence[tuple[np.ndarray, int]], ids: Sequence[str],
+         candidates_of: Callable[[np.ndarray, int], list[dict]]) -> int:
+  """Works off the batches that are not finished, each process its share; returns how many users had been finished."""
+  with Partial(partial_file(path, jax.process_index()), settings) as partial:
+    done = finished_rows(path, settings)
+    _wait('all have read what is finished')
+    left = [batch for batch in batches if ids[batch[0][0]] not in done][jax.process_index()::jax.process_count()]
+    total = sum(len(chosen) for chosen, _ in left)
+    with tqdm.tqdm(total=total, desc='infer', unit=' users', mininterval=0.5, disable=jax.process_index() > 0) as bar:
+      for chosen, length in left:
+        partial.append(candidates_of(chosen, length))
+        bar.update(len(chosen))
+  _wait('all are done')
+  return len(done)
+
+
+def _wait(what: str) -> None:
+  """Until all processes have come here: as long as the slowest takes."""
+  if jax.process_count() > 1:
+    multihost.sync_global_processes(f'calrec_jax infer: {what}', timeout=7 * 24 * 3600)
+
+
+def _write(path: pathlib.Path, rows: Sequence[Mapping], rankers: Sequence[str], texts: bool, item_ids: Sequence[str]) -> None:
+  """Writes the outputs, and removes the partial files."""
+  for name in rankers:
+    write_rows(candidates_file(path, name), (
+        {'user_id': row['user_id'], 'item_ids': [item_ids[item] for item in row['candidates'][name][0]],
+         'scores': row['candidates'][name][1]} for row in rows))
+  if texts:
+    write_rows(path, ({name: row[name] for name in ('user_id', 'texts', 'logprobs', 'finished')} for row in rows))
+  for file in partial_files(path):
+    file.unlink()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -33,7 +33,7 @@ def log_likelihoods(decoder: Decoder, params: Mapping, prefix: Prefix, tokens_UC
     eos_id: the end.
   """
   U, C, S = tokens_UCS.shape
-  size = min(C, CANDIDATES)
+  size = max(min(C, CANDIDATES), 1)
   padding = ((0, 0), (0, -C % size))
   tokens_UCS = np.pad(tokens_UCS, (*padding, (0, -S % BUCKET)))
   lengths_UC = np.pad(lengths_UC, padding)

@@ -74,7 +74,7 @@ def load(checkpoint: str | pathlib.Path, *, dtype: str = 'auto', param_dtype: st
   if vocabulary.fingerprint != found.description['vocabulary']:
     raise UserError(f'{found.vocabulary_path}: is not the vocabulary that the checkpoint was trained with; restore the file.')
   config = found.decoder_config(dtype=dtype, param_dtype=param_dtype)
-  shapes, one = {'decoder': abstract_params(config)}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes, one = {'decoder': abstract_params(config)}, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   there = checkpoints.abstract(shapes, jax.tree.map(lambda _: one, shapes))
   params, config = lora.merge(checkpoints.load(found, params=there)['params']['decoder'], config)
   template = found.description['template']

@@ -1,19 +1,39 @@
 """A partial file: finished batches of JSON lines on disk, so that a run that was stopped goes on where it was.
 
-The file is a sequence of gzip members. The first holds the settings it was begun with, each further one a batch. A
-member that was being written when the run was stopped is not whole, and is dropped.
+Several processes have a file each, and read those of all. A file is a sequence of gzip members. The first holds the settings
+that it was begun with, each further one a batch. A member that was being written when the run was stopped is not whole, and is
+dropped.
 """
 
 import gzip
 import json
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from calrec_jax.errors import UserError
 
 _CHUNK_BYTES = 1 << 14
+
+
+def partial_file(out: str | os.PathLike, process: int = 0) -> pathlib.Path:
+  """Where a process keeps its batches while `out` is made."""
+  return pathlib.Path(f'{out}.partial{f"-{process}" if process else ""}')
+
+
+def partial_files(out: str | os.PathLike) -> list[pathlib.Path]:
+  """The files that are there, of all processes that ever were at it."""
+  out = pathlib.Path(out)
+  ours = re.compile(re.escape(out.name) + r'\.partial(-\d+)?')
+  return sorted(path for path in out.parent.glob('*.partial*') if ours.fullmatch(path.name))
+
+
+def finished_rows(out: str | os.PathLike, settings: Mapping[str, object]) -> dict[str, dict]:
+  """The rows of all finished batches, of all processes, by user id. UserError if a file was begun with other settings."""
+  batches = [batch for path in partial_files(out) for batch in _read(path, json.loads(json.dumps(settings)))[0]]
+  return {row['user_id']: row for batch in batches for row in batch}
 
 
 class Partial:
@@ -36,7 +56,7 @@ class Partial:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       self._file = open(self.path, 'ab')
       try:
-        end = self._read(settings)
+        self.batches, end = _read(self.path, settings)
         self._file.truncate(end)
         if not end:
           self._append([settings])
@@ -55,11 +75,6 @@ class Partial:
                       'run the same command again.') from error
     self.batches.append(list(rows))
 
-  def remove(self) -> None:
-    """Closes and deletes the file: its lines have another place now."""
-    self._file.close()
-    self.path.unlink()
-
   def __enter__(self) -> 'Partial':
     return self
 
@@ -71,17 +86,18 @@ class Partial:
     self._file.write(gzip.compress(lines.encode(), mtime=0))
     self._file.flush()
 
-  def _read(self, settings: dict) -> int:
-    """Reads the finished batches; returns where the last whole member ends, 0 if there is none."""
-    end = 0
-    for rows, member_end in _members(self.path):
-      if end:
-        self.batches.append(rows)
-      elif rows != [settings]:
-        raise UserError(f'{self.path}: was begun with other settings ({_differences(rows, settings)}); take those to '
-                        'finish it, remove it to begin anew, or choose another place.')
-      end = member_end
-    return end
+
+def _read(path: pathlib.Path, settings: dict) -> tuple[list[list[dict]], int]:
+  """The finished batches, and where the last whole member ends: 0 if there is none."""
+  batches, end = [], 0
+  for rows, member_end in _members(path):
+    if end:
+      batches.append(rows)
+    elif rows != [settings]:
+      raise UserError(f'{path}: was begun with other settings ({_differences(rows, settings)}); take those to '
+                      'finish it, remove it to begin anew, or choose another place.')
+    end = member_end
+  return batches, end
 
 
 def _members(path: pathlib.Path) -> Iterator[tuple[list[dict], int]]:

@@ -33,7 +33,8 @@ def read_candidates(path: str | os.PathLike, item_numbers: Mapping[str, int]) ->
         raise ValueError('a user or an item comes twice, or the lists do not fit')
       if any(a < b for a, b in zip(scores, scores[1:], strict=False)):
         raise ValueError('the scores do not fall')
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(f'{path}: line {number}: {error}; make the file anew with `calrec infer`.') from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+      what = f'{error} is missing' if isinstance(error, KeyError) else error
+      raise UserError(f'{path}: line {number}: {what}; make the file anew with `calrec infer`.') from error
     found[user_id] = Ranked(np.asarray([item_numbers[item_id] for item_id in ids], np.int64), np.asarray(scores, np.float64))
   return found

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -104,10 +105,12 @@ def load_index(folder: str | os.PathLike) -> Index:
     texts = folder / 'texts.npy'
     index = Index(description, items, catalogue, Bm25.load(folder / 'bm25.npz'), Trie.load(folder / 'trie.npz'),
                   np.load(texts, mmap_mode='r') if texts.exists() or description['embedded'] else None)
-  except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
     raise UserError(f'{folder}: not a whole index ({type(error).__name__}: {str(error)[:120]}); build it with '
                     '`calrec index`.') from error
-  if _fingerprint(catalogue) != description['items'] or len(index.bm25) != len(ids) or len(index.trie.texts_I) != len(ids):
+  texts_fit = index.texts_TD is None or (index.texts_TD.ndim == 2 and len(index.texts_TD) == index.trie.n_texts)
+  if (_fingerprint(catalogue) != description['items'] or not texts_fit
+      or len(index.bm25) != len(ids) or len(index.trie.texts_I) != len(ids)):
     raise UserError(f'{folder}: its files are not of one catalogue; build it anew with `calrec index`.')
   return index
 
@@ -117,7 +120,7 @@ def read_catalogue(path: str | os.PathLike) -> tuple[list[str], list[dict[str, s
   path = pathlib.Path(path)
   if path.is_dir():
     path = histories.find_file(path, 'items')
-  numbers, items = histories.read_items(path, json_lines.BadLines(path, 0))
+  numbers, items = histories.read_items(path, json_lines.BadLines(path, None))
   return list(numbers), items
 
 
@@ -127,17 +130,19 @@ def build_index(item_ids: Sequence[str], items: Sequence[Mapping[str, str]], loa
 
   Args:
     item_ids: I ids.
-    items: their fields.
+    items: their fields; one that is left out is ''.
     loaded: the checkpoint; it brings template, vocabulary, and the most tokens of an item.
     bm25: which BM25.
     old: an index, from which is taken what does not change: an item's tokens and embedding where its text is in it.
     embed: whether to compute v_T, which takes the most time; `dense` needs it.
 
   Raises:
-    UserError: no items; or `old` was made with another vocabulary, template or weights.
+    UserError: no items, or one without tokens; `old` was made with another vocabulary, template or weights; embeddings that are
+      not finite.
   """
   if not item_ids:
     raise UserError('The catalogue is empty; give at least one item.')
+  items = [{field: item.get(field, '') for field in FIELDS} for item in items]
   most = loaded.lengths['targets']
   description = {
       'format': FORMAT, 'vocabulary': loaded.vocabulary.fingerprint, 'template': dataclasses.asdict(loaded.template),
@@ -169,7 +174,7 @@ def check_fits(index: Index, loaded: Loaded) -> None:
 
 
 def _catalogue(item_ids: Sequence[str], items: Sequence[Mapping[str, str]], template: ItemTemplate) -> Catalogue:
-  return Catalogue(item_ids, [template.item_text({field: item.get(field, '') for field in FIELDS}) for item in items])
+  return Catalogue(item_ids, [template.item_text(item) for item in items])
 
 
 def _fingerprint(catalogue: Catalogue) -> str:
@@ -196,7 +201,7 @@ def _embeddings(texts: Sequence[str], trie: Trie, known: Mapping[str, int], old:
   """v_T of the trie's texts: of those that the old index has from there."""
   source_T = np.full(trie.n_texts, -1)
   if old is not None and old.texts_TD is not None:
-    source_T[trie.texts_I] = [known.get(text, -1) for text in texts]
+    np.maximum.at(source_T, trie.texts_I, [known.get(text, -1) for text in texts])
   missing = np.flatnonzero(source_T < 0)
   tokens_ML = trie.text_tokens(missing)
   found_TD = np.zeros((trie.n_texts, loaded.decoder.config.embed_dim), np.float32)
@@ -206,6 +211,8 @@ def _embeddings(texts: Sequence[str], trie: Trie, known: Mapping[str, int], old:
   found_TD[missing] = embed_texts(
       loaded.decoder, loaded.by_layer, [row[:length] for row, length in zip(tokens_ML, trie.lengths_T[missing], strict=True)],
       bos_id=loaded.vocabulary.bos_id)
+  if not np.isfinite(found_TD).all():
+    raise UserError(f'{loaded.found.model_dir}: the model gives embeddings that are not finite; take another one.')
   return found_TD
 
 

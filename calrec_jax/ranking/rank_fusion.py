@@ -5,6 +5,7 @@ whose next item is known. An item that a ranking does not list has nothing from 
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -49,10 +50,10 @@ def learn(users: Sequence[Lists], targets: Sequence[int]) -> dict:
   cases = [(*_gains(lists), target) for lists, target in zip(users, targets, strict=True)]
   halves = cases[::2], cases[1::2]
   def held_out(kept: list[int]) -> float:
-    parts = [_ndcg(other, _fit(half, kept)) for half, other in (halves, halves[::-1])]
+    parts = [_ndcg(other, _fit(half, kept, len(names))) for half, other in (halves, halves[::-1])]
     return float(np.concatenate(parts).mean())
   everyone = list(range(len(names)))
-  weights_R, n_used = _fit(cases, everyone), sum(bool((items == target).any()) for items, _, target in cases)
+  weights_R, n_used = _fit(cases, everyone, len(names)), sum(bool((items == target).any()) for items, _, target in cases)
   if not n_used:
     raise UserError('Fusion: no ranking lists the next item of any validation user; there is nothing to learn from.')
   fused = held_out(everyone)
@@ -74,7 +75,10 @@ def read_weights(path: str | os.PathLike) -> dict[str, float]:
   path = path / NAME if path.is_dir() else path
   try:
     weights = json.loads(path.read_text(encoding='utf-8'))['weights']
-    return {str(name): float(weight) for name, weight in weights.items()}
+    weights = {str(name): float(weight) for name, weight in weights.items()}
+    if not all(0 <= weight < math.inf for weight in weights.values()):
+      raise ValueError
+    return weights
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{path}: no weights of a fusion ({type(error).__name__}); `calrec infer` with SPLIT = \'validation\' and '
                     "the ranker 'fused' writes them.") from error
@@ -90,9 +94,8 @@ def _gains(lists: Lists) -> tuple[np.ndarray, np.ndarray]:
   return items, gains_CR
 
 
-def _fit(cases: Sequence[tuple], kept: list[int]) -> np.ndarray:
+def _fit(cases: Sequence[tuple], kept: list[int], n_rankings: int) -> np.ndarray:
   """float64 [R], 0 for rankings that are not kept; all equal where nothing can be learned."""
-  n_rankings = cases[0][1].shape[1] if cases else max(kept, default=-1) + 1
   weights_R = np.zeros(n_rankings)
   known = [(gains_CR[:, kept] * _SCALE, int(np.flatnonzero(items == target)[0])) for items, gains_CR, target in cases
            if (items == target).any()]

@@ -33,7 +33,8 @@ class RankerOptions:
   """How the rankers rank.
 
   Attributes:
-    candidates: the most items of a ranking; those tied with the last are listed too (and more, where they are a shortlist).
+    candidates: the most items of a ranking; those tied with the last are listed too (but for `bm25` at 0, where no text
+      matches), more where they are a shortlist, and in `fused` all that the others list.
     epsilon: weight of a text's log-probability in the quasi-round-robin.
     beam_width: live beams of `constrained`.
     shortlist: whose best items `likelihood` scores: `dense`, `bm25`, or `all` (the whole catalogue; slow).
@@ -88,7 +89,11 @@ class Rankers:
       raise UserError('The index has no embeddings, which `dense` needs; build it with `calrec index`.')
     self._loaded, self._index = loaded, index
     self._most = max(options.candidates, options.shortlist_size if 'likelihood' in self.needed else 0)
+    self._fuses = [name for name in RANKERS[:-1] if name in (RANKERS if self.names == ('fused',) else self.names)]
     self._weights = read_weights(options.fusion) if options.fusion and 'fused' in self.needed else None
+    if self._weights is not None and not any(self._weights.get(name) for name in self._fuses):
+      raise UserError(f'{options.fusion}: has no weight for {", ".join(self._fuses) or "no ranker"}, which are to be fused; it '
+                      f'is of {", ".join(self._weights) or "none"}.')
     self._order_I = tie_order(index.catalogue.item_ids)
     place_I = np.argsort(self._order_I)
     # The items of text t, in the order of ties: items_of[starts[t]:starts[t + 1]].
@@ -109,7 +114,11 @@ class Rankers:
       prefix: of the U users.
       texts_U: their sampled texts; None where no ranker needs them.
       allowed_UI: bool, the items that may be ranked; None: all.
+
+    Raises UserError where the model's output is not finite.
     """
+    if not np.isfinite(prefix.user_UD).all():
+      raise UserError(f'{self._loaded.found.model_dir}: the model gives embeddings that are not finite; take another one.')
     found: dict[str, list[Ranked]] = {}
     for name in RANKERS:  # each after those that it needs
       if name in self.needed:
@@ -125,7 +134,10 @@ class Rankers:
       # Scaled over the items that are allowed: the ranking of a shop that has no others.
       scores_GI = self._index.bm25.scores(texts)[:, slice(None) if allowed_UI is None else allowed_I]
       scores_I[allowed_I] = quasi_round_robin(scores_GI, logprobs, epsilon=self.options.epsilon)
-      best = top_items(scores_I, self._order_I[allowed_I[self._order_I]], self._most)
+      order_I = self._order_I[allowed_I[self._order_I]]
+      best = top_items(scores_I, order_I, self._most)
+      if len(best) and (last := scores_I[best[-1]]) > 0:  # at 0 may lie all that is left of the catalogue
+        best = np.concatenate([best[scores_I[best] > last], order_I[scores_I[order_I] == last]])
       rankings.append(Ranked(best, scores_I[best]))
     return rankings
 
@@ -152,7 +164,7 @@ class Rankers:
       texts_U = [np.unique(trie.texts_I[items]) for items in shortlists]
     most = max(map(len, texts_U))
     if self.options.shortlist != 'all':
-      most = max(most, self.options.shortlist_size)  # one shape, whatever texts are shared
+      most = max(most, min(self.options.shortlist_size, trie.n_texts))  # one shape, whatever texts are shared
     texts_UC = np.stack([np.pad(texts, (0, most - len(texts))) for texts in texts_U])
     lengths_UC = np.where(np.arange(most)[None] < np.asarray(list(map(len, texts_U)))[:, None], trie.lengths_T[texts_UC], 0)
     scores_UC = log_likelihoods(self._loaded.decoder, self._loaded.by_layer, prefix, trie.text_tokens(texts_UC), lengths_UC,
@@ -164,8 +176,7 @@ class Rankers:
     return self._rankings(np.where(np.isfinite(scores_UC), texts_UC, -1), scores_UC, allowed_UI)
 
   def _fused(self, prefix: Prefix, _: object, __: object, found: Mapping[str, list[Ranked]]) -> list[Ranked]:
-    parts = [name for name in found if name in self.names or self.names == ('fused',)]
-    return [fuse({name: found[name][user] for name in parts}, self._weights) for user in range(len(prefix.lengths_U))]
+    return [fuse({name: found[name][user] for name in self._fuses}, self._weights) for user in range(len(prefix.lengths_U))]
 
   def _texts(self, allowed_UI: np.ndarray | None) -> np.ndarray | None:
     """bool [U, T]: the texts of which an item is allowed."""

@@ -30,7 +30,8 @@ class Filters:
   """Which items may be recommended; they act inside the search.
 
   Attributes:
-    category: the item's category, or one of its levels ('Video Games > Nintendo DS' has two), case ignored.
+    category: the item's category, or one or more of its levels in turn ('Video Games, Nintendo DS' and 'Video Games > Nintendo
+      DS' have two), case ignored.
     exclude_seen: not what is in the user's history.
     in_stock: ids of the items that may be; those that the catalogue does not have are passed over.
   """
@@ -73,8 +74,8 @@ class Recommender:
         sample, loaded.decoder, loaded.by_layer, n_samples=n_samples, temperature=temperature, top_p=top_p,
         max_new_tokens=max_new_tokens or default_max_new_tokens(tokens, longest), eos_id=vocabulary.eos_id,
         forbidden=forbidden_ids(vocabulary, loaded.decoder.config.vocab_size))
-    self._rankers = functools.cache(lambda name, most: Rankers(
-        loaded, index, (name,), dataclasses.replace(options, candidates=max(options.candidates, most))))
+    self._rankers = functools.cache(lambda name, most: Rankers(loaded, index, (name,), dataclasses.replace(
+        options, **{size: max(getattr(options, size), most) for size in ('candidates', 'beam_width', 'shortlist_size')})))
 
   @classmethod
   def load(cls, checkpoint: str | os.PathLike, index: str | os.PathLike, **options: object) -> 'Recommender':
@@ -86,7 +87,7 @@ class Recommender:
     """The best items for each history, downwards: k of them, fewer where the filters leave fewer.
 
     Args:
-      histories: item ids in time order, at least one each.
+      histories: item ids in time order, at least one each. None at all: the other arguments are checked.
       k: at most the catalogue's size.
       ranker: one of `rankers.RANKERS`.
       filters: which items may be recommended; None: all.
@@ -95,10 +96,14 @@ class Recommender:
 
     Raises:
       UserError: an unknown item, an empty history, k out of range, a filter that leaves nothing for a user.
+      ValueError: not as many `user_ids` as histories.
     """
     check_names((ranker,))
+    if user_ids is not None and len(user_ids) != len(histories):
+      raise ValueError(f'{len(histories)} histories, but {len(user_ids)} user ids.')
     if not 1 <= k <= len(self.index.catalogue):
       raise UserError(f'top = {k}: the catalogue has {len(self.index.catalogue)} items; give 1 to so many.')
+    rankers = self._rankers(ranker, k)
     numbers = [self._numbers(history, number, skip_unknown) for number, history in enumerate(histories)]
     allowed_UI = self._allowed(numbers, filters or Filters())
     ids = ['\n'.join(history) for history in histories] if user_ids is None else list(user_ids)
@@ -110,15 +115,15 @@ class Recommender:
       chosen_U = np.pad(chosen, (0, size - len(chosen)), mode='edge')
       tokens_UP, lengths = padded([self._prefixes.tokens(kept[user][0]) for user in chosen_U], length)
       allowed = None if allowed_UI is None else allowed_UI[chosen_U]
-      for user, row in zip(chosen, self._rank(tokens_UP, lengths, [ids[user] for user in chosen_U], ranker, k, allowed),
+      for user, row in zip(chosen, self._rank(tokens_UP, lengths, [ids[user] for user in chosen_U], rankers, allowed),
                            strict=False):
         found[user] = self._explained(*row, ranker, k, None if allowed_UI is None else allowed_UI[user])
     return found
 
-  def _rank(self, tokens_UP: np.ndarray, lengths_U: np.ndarray, ids: Sequence[str], ranker: str, k: int,
+  def _rank(self, tokens_UP: np.ndarray, lengths_U: np.ndarray, ids: Sequence[str], rankers: Rankers,
             allowed_UI: np.ndarray | None) -> list[tuple[Ranked, dict | None]]:
     """(ranking, sampled texts) of each user."""
-    rankers, vocabulary = self._rankers(ranker, k), self.loaded.vocabulary
+    vocabulary = self.loaded.vocabulary
     prefix = prefill(self.loaded.decoder, self.loaded.by_layer, jnp.asarray(tokens_UP), jnp.asarray(lengths_U),
                      vocabulary.bos_id is not None)
     rows, texts = [None] * len(ids), None
@@ -127,7 +132,7 @@ class Recommender:
       rows = [to_row(user_id, row, samples, vocabulary) for row, user_id in enumerate(ids)]
       texts = [(row['texts'], row['logprobs']) for row in rows]
     rankings = rankers.rank(prefix, texts, allowed_UI)
-    return [(ranking[ranker], row) for ranking, row in zip(rankings, rows, strict=True)]
+    return [(ranking[rankers.names[0]], row) for ranking, row in zip(rankings, rows, strict=True)]
 
   def _numbers(self, history: Sequence[str], number: int, skip_unknown: bool) -> np.ndarray:
     """The history's items as numbers."""
@@ -149,16 +154,16 @@ class Recommender:
       return None
     allowed_I = np.ones(len(self.index.catalogue), bool)
     if filters.category is not None:
-      wanted = filters.category.casefold()
-      of_category = [wanted in (category, *category.split(' > ')) for category in
-                     (item.get('category', '').casefold() for item in self.index.items)]
-      allowed_I &= of_category
+      levels = lambda category: f', {category.casefold().replace(" > ", ", ")}, '
+      allowed_I &= [levels(filters.category) in levels(item['category']) for item in self.index.items]
       if not allowed_I.any():
         raise UserError(f'category = {filters.category!r}: the catalogue has no such item; write a category, or one of its '
                         'levels, as the items have it.')
     if filters.in_stock is not None:
       in_stock = set(filters.in_stock)
       allowed_I &= [item_id in in_stock for item_id in self.index.catalogue.item_ids]
+    if not allowed_I.any():
+      raise UserError('The filters leave no item of the catalogue; loosen them.')
     allowed_UI = np.tile(allowed_I, (len(histories), 1))
     if filters.exclude_seen:
       for allowed, items in zip(allowed_UI, histories, strict=True):

@@ -234,7 +234,8 @@ def test_an_id_0_that_is_not_padding_may_be_sampled():
 
 @pytest.mark.parametrize('wrong, named', [
     ({'split': 'train'}, "split = 'train'"), ({'temperature': -1.0}, 'temperature = -1.0'),
-    ({'temperature': float('nan')}, 'temperature = nan'), ({'top_p': 0.0}, 'top_p = 0.0'), ({'top_p': 1.5}, 'top_p = 1.5'), ({'n_samples': 0}, 'n_samples = 0'),
+    ({'temperature': float('nan')}, 'temperature = nan'), ({'top_p': 0.0}, 'top_p = 0.0'),
+    ({'top_p': 1.5}, 'top_p = 1.5'), ({'n_samples': 0}, 'n_samples = 0'),
     ({'max_new_tokens': 0}, 'max_new_tokens = 0'), ({'users_per_batch': 0}, 'users_per_batch = 0'),
     ({'max_users': 0}, 'max_users = 0'), ({'bucket': 0}, 'bucket = 0'), ({'max_item_tokens': 0}, 'max_item_tokens = 0'),
     ({'max_prefix_length': 2}, 'max_prefix_length = 2'), ({'histories': shop(('short',))}, 'no user has the three'),

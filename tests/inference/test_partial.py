@@ -6,7 +6,7 @@ import gzip
 import pytest
 
 from calrec_jax.errors import UserError
-from calrec_jax.inference.partial import Partial
+from calrec_jax.inference.partial import Partial, finished_rows, partial_file, partial_files
 
 SETTINGS = {'seed': 0, 'temperature': 0.5, 'max_users': None}
 BATCHES = [[{'user_id': 'ann', 'texts': ['Glue ✓']}, {'user_id': 'bob', 'texts': []}],
@@ -92,7 +92,13 @@ def test_a_full_disk_keeps_what_is_finished(path, monkeypatch):
   assert reopened(path) == BATCHES[:1]
 
 
-def test_removed_it_is_gone(path):
-  with Partial(path, SETTINGS) as partial:
-    partial.remove()
-  assert not path.exists()
+def test_the_files_of_all_processes_are_read_together(tmp_path):
+  out = tmp_path / 'generations.jsonl.gz'
+  for process, batches in enumerate([BATCHES[:1], BATCHES[1:]]):
+    written(partial_file(out, process), batches)
+  for other in ('other.partial', 'generations.jsonl.gz.partial-x', 'generations.jsonl.gz'):
+    (tmp_path / other).write_bytes(b'not one of them')
+  assert partial_files(out) == [partial_file(out), partial_file(out, 1)]
+  assert list(finished_rows(out, SETTINGS)) == ['ann', 'bob', 'cat']
+  with pytest.raises(UserError, match='seed: 0 there, 1 now'):
+    finished_rows(out, SETTINGS | {'seed': 1})
