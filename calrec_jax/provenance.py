@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from calrec_jax import outputs
 
 PACKAGES = ('calrec_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'seqio', 'gin-config', 'numpy', 'tokenizers',
-            'bm25s', 'duckdb')
+            'scipy', 'duckdb')
 
 
 def versions() -> dict[str, str]:

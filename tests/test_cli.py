@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import json
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ from calrec_jax import cli, outputs
 from calrec_jax.errors import UserError
 
 VERBS = [['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'], ['vocabulary'], ['import'], ['train'],
-         ['infer'], ['evaluate'], ['score'], ['export']]
+         ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'], ['export']]
 REVIEW = {'reviewerID': 'u', 'asin': 'a', 'unixReviewTime': 1, 'overall': 5.0}
 
 
@@ -156,6 +157,103 @@ def test_pretrained_models_that_are_not_whole(tmp_path, capsys):
   refused(capsys, ['import', '--from', folder, '--out', out, '--dtype', 'int8'], '--dtype', absent=out)
   refused(capsys, ['export', '--checkpoint', folder, '--out', out], 'no checkpoint', absent=out)
   refused(capsys, ['score', '--checkpoint', folder, '--text', 'A'], 'no checkpoint')
+
+
+@pytest.fixture(scope='module')
+def index(tiny_store, trained_run, tmp_path_factory) -> pathlib.Path:
+  out = tmp_path_factory.mktemp('cli') / 'index'
+  data, run = str(tiny_store / 'data/games'), str(trained_run)
+  assert cli.main(['index', '--catalogue', data, '--checkpoint', run, '--out', str(out)]) == 0
+  return out
+
+
+@pytest.fixture
+def recommend(trained_run, index):
+  """The words of `calrec recommend`; `dense`, which compiles least."""
+  return lambda *more: ['recommend', '--checkpoint', str(trained_run), '--catalogue', str(index), '--ranker', 'dense', *more]
+
+
+def test_recommendations_are_a_table_or_json(recommend, tiny_store, capsys):
+  assert cli.main(recommend('--history', 'games-0,games-1', '--top', '3', '--exclude_seen')) == 0
+  head, *rows = capsys.readouterr().out.splitlines()
+  assert head.split() == ['item', 'score', 'title', 'reason'] and len(rows) == 3 and all('cosine' in row for row in rows)
+  assert cli.main(recommend('--history', 'games-0,games-1', '--top', '3', '--exclude_seen', '--json')) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert [row['item_id'] for row in found] == [row.split()[0] for row in rows]
+  assert found[0].keys() == {'item_id', 'title', 'score', 'reason'} and found[0]['title'] in rows[0]
+  again = recommend('--history', 'ghost,games-0,games-1', '--skip_unknown', '--top', '3', '--exclude_seen', '--json')
+  again[again.index('--catalogue') + 1] = str(tiny_store / 'data/games')  # a catalogue is indexed on the spot
+  assert cli.main(again) == 0
+  assert json.loads(capsys.readouterr().out) == found
+
+
+def answers(monkeypatch, capsys, arguments: list[str], text: str | bytes) -> tuple[int, list[dict], str]:
+  """(exit code, answers, stderr) of a command that reads this."""
+  capsys.readouterr()
+  content = text if isinstance(text, bytes) else text.encode()
+  monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(content), encoding='utf-8'))
+  code = cli.main(arguments)
+  out, err = capsys.readouterr()
+  return code, [json.loads(line) for line in out.splitlines()], err
+
+
+def test_lines_are_answered_one_by_one(recommend, monkeypatch, capsys):
+  good = ['{"history": ["games-0", "games-1"], "user_id": "ünï"}', '{"history": ["games-3"]}']
+  bad = ['{"history": ["games-0", "ghost"]}', '{"history": []}']
+  arguments = recommend('--history', '-', '--top', '2')
+  code, found, _ = answers(monkeypatch, capsys, [*arguments, '--json'], '\n'.join([good[0], '', bad[0], good[1], bad[1]]))
+  assert code == 0 and [row['user_id'] for row in found] == ['ünï', None, None, None]
+  assert "no item 'ghost'" in found[1]['error'] and 'is empty' in found[3]['error']
+  assert [len(found[number]['recommendations']) for number in (0, 2)] == [2, 2]
+  cli.main(recommend('--history', 'games-0,games-1', '--top', '2', '--json'))
+  assert json.loads(capsys.readouterr().out) == found[0]['recommendations']
+  # Without --json the answers are the same.
+  assert answers(monkeypatch, capsys, arguments, good[0])[1] == found[:1]
+  assert answers(monkeypatch, capsys, arguments, '')[:2] == (0, [])
+
+
+@pytest.mark.parametrize('line', [
+    '{"history": ', '[1]', '{}', '{"history": "games-0"}', '{"history": [1]}', b'{"history": ["\xff"]}',
+    '{"history": ["games-0"], "user_id": 7}', '{"history": ["\\ud800"], "user_id": "\\udfff"}'])
+def test_a_line_that_is_no_history_is_named(recommend, monkeypatch, capsys, line):
+  content = b'{"history": ["games-0"]}\n\n' + (line if isinstance(line, bytes) else line.encode())
+  code, found, err = answers(monkeypatch, capsys, recommend('--history', '-'), content)
+  assert code == 2 and len(found) == 1 and 'error: line 3 of the input: expected {"history"' in err
+
+
+@pytest.mark.parametrize(('more', 'words'), [
+    (['--history', 'games-0,ghost'], ["no item 'ghost'", '--skip_unknown']), (['--history', ''], ['is empty']),
+    (['--history', 'games-0', '--top', '17'], ['top = 17', '16 items']), (['--history', 'games-0', '--top', '0'], ['--top']),
+    (['--history', '-', '--top', '17'], ['top = 17']), (['--history', '-', '--category', 'blue'], ["category = 'blue'"]),
+    (['--history', 'games-0', '--category', 'red', '--in_stock', 'STOCK'], ['filters leave no item']),
+    (['--history', '-', '--in_stock', 'STOCK', '--category', 'red'], ['filters leave no item']),
+    (['--history', 'games-0', '--in_stock', 'nowhere.txt'], ['nowhere.txt', 'an item id a line']),
+    (['--history', 'games-0', '--ranker', 'popular'], ['popular', 'constrained']),
+    (['--history', '-', '--ranker', 'fused', '--fusion', 'nowhere'], ['nowhere', 'no weights of a fusion']),
+    (['--history', 'games-0', '--checkpoint', 'nowhere'], ['nowhere', 'no checkpoint']),
+    (['--history', 'games-0', '--catalogue', 'nowhere'], ['nowhere', 'no such file'])])
+def test_bad_recommendations(recommend, tmp_path, capsys, monkeypatch, more, words):
+  (tmp_path / 'stock.txt').write_text('games-0\r\n\ngames-2\n')  # neither is red
+  monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'{"history": ["games-0"]}\n')))
+  refused(capsys, recommend(*(str(tmp_path / 'stock.txt') if word == 'STOCK' else word for word in more)), *words)
+
+
+def test_bad_indexes(tiny_store, trained_run, index, tmp_path, capsys):
+  out = tmp_path / 'out'
+  make = lambda catalogue, *more: ['index', '--catalogue', catalogue, '--checkpoint', trained_run, '--out', out, *more]
+  refused(capsys, make(tmp_path / 'nowhere'), 'nowhere', 'no such file', absent=out)
+  refused(capsys, make(write_lines(tmp_path / 'empty.jsonl.gz', [])), 'empty.jsonl.gz', 'lists no item', absent=out)
+  broken = write_lines(tmp_path / 'broken.jsonl.gz', [{'item_id': 'a', 'title': 't'}, '{"item_id"'])
+  refused(capsys, make(broken), 'broken.jsonl.gz', 'line 2', absent=out)
+  refused(capsys, make(tiny_store / 'data/games', '--old', tmp_path), 'not a whole index', absent=out)
+  refused(capsys, make(tiny_store / 'data/games', '--checkpoint', tmp_path), 'no checkpoint', absent=out)
+  other = tmp_path / 'other'
+  tiny.train(tiny_store, other, train_steps=1)
+  refused(capsys, make(tiny_store / 'data/games', '--old', index, '--checkpoint', other), 'another weights', absent=out)
+  refused(capsys, ['recommend', '--catalogue', index, '--checkpoint', other, '--history', 'games-0'], 'another weights')
+  refused(capsys, [*make(tiny_store / 'data/games'), '--out', index], 'in use')
+  assert cli.main([str(word) for word in [*make(tiny_store / 'data/books', '--old', index), '--json']]) == 0
+  assert json.loads(capsys.readouterr().out)['items'] == 16
 
 
 def test_missing_macros_are_named(capsys):

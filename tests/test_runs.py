@@ -14,10 +14,16 @@ import pytest
 import tiny
 
 from calrec_jax import cli, runs
+from calrec_jax.data.histories import load as load_histories
 from calrec_jax.errors import UserError
-from calrec_jax.inference.loading import fingerprint
+from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.inference.generate import generate
+from calrec_jax.inference.loading import fingerprint
 from calrec_jax.inference.partial import Partial
+from calrec_jax.ranking.bm25 import Bm25Options
+from calrec_jax.ranking.candidates import read_candidates
+from calrec_jax.ranking.rank_fusion import fuse, read_weights
+from calrec_jax.ranking.rankers import RANKERS, RankerOptions
 from calrec_jax.text.templates import ItemTemplate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -141,6 +147,99 @@ def test_generations_are_given_as_a_file_or_its_folder(tiny_store, trained, tmp_
 def test_weights_have_a_fingerprint():
   one, other = {'a': np.zeros(3), 'b': np.ones(2)}, {'a': np.zeros(3), 'b': np.array([1.0, 1.0000001])}
   assert fingerprint(one) == fingerprint(dict(one)) != fingerprint(other)
+
+
+# Several rankers in a run. Few users at a time, as each ranker's programs are compiled.
+
+FEW = {'n_samples': 4, 'max_new_tokens': None, 'users_per_batch': 2, 'max_users': 5}
+
+
+def infer_by(rankers, store, checkpoint, out, *, ranker_options=None, split='test', **more) -> dict:
+  options = RankerOptions(**{'candidates': 16, 'beam_width': 40, 'shortlist_size': 40} | (ranker_options or {}))
+  return runs.infer(checkpoint=str(checkpoint), data_dir=str(store / 'data'), task_name='games', out=str(out), rankers=rankers,
+                    ranker_options=options, sample=lambda **given: generate(**given, **FEW, split=split), **more)
+
+
+@pytest.fixture(scope='module')
+def ranked(tiny_store, trained_run, tmp_path_factory) -> pathlib.Path:
+  """What all rankers found for the test split."""
+  out = tmp_path_factory.mktemp('ranked') / 'infer'
+  infer_by(RANKERS, tiny_store, trained_run, out)
+  return out
+
+
+def candidates(folder: pathlib.Path, ranker: str) -> pathlib.Path:
+  return folder / f'candidates-{ranker}.jsonl.gz'
+
+
+def test_each_ranker_has_candidates_and_a_row_in_the_table(tiny_store, ranked, tmp_path):
+  assert {path.name for path in ranked.glob('*.gz')} == {runs.GENERATIONS, *(candidates(ranked, name).name for name in RANKERS)}
+  users = [row['user_id'] for row in lines(ranked / runs.GENERATIONS)]
+  assert len(users) == 5
+  for name in RANKERS:
+    assert [row['user_id'] for row in lines(candidates(ranked, name))] == users
+    assert all(len(row['item_ids']) == len(row['scores']) == 16 for row in lines(candidates(ranked, name)))
+  metrics = rank(tiny_store, tmp_path / 'evaluate', generations=str(ranked),
+                 evaluate=lambda **given: evaluate(**given, max_users=5))
+  assert set(metrics['methods']) == {'calrec', *RANKERS[1:], 'popularity', 'last_item', 'transitions'}
+  # The catalogue has 16 items, so that all are listed, and the table's rows are judged by the rankings that were written.
+  for name in RANKERS:
+    judged = lines(tmp_path / f'evaluate/rankings-{"calrec" if name == "bm25" else name}.jsonl.gz')
+    for row, written in zip(judged, lines(candidates(ranked, name)), strict=True):
+      assert {each['item_id']: each['score'] for each in row['top']} == pytest.approx(
+          dict(zip(written['item_ids'], written['scores'], strict=True)))
+
+
+def test_several_rankers_stopped_and_resumed_are_uninterrupted(tiny_store, trained_run, ranked, tmp_path, monkeypatch):
+  append = Partial.append
+  def dying(self, rows):
+    append(self, rows)
+    raise KeyboardInterrupt
+  with monkeypatch.context() as patch:
+    patch.setattr(Partial, 'append', dying)
+    with pytest.raises(KeyboardInterrupt):
+      infer_by(RANKERS, tiny_store, trained_run, tmp_path / 'out')
+  assert not list((tmp_path / 'out').glob('*.gz'))
+  with pytest.raises(UserError, match='other settings .*ranking'):
+    infer_by(RANKERS, tiny_store, trained_run, tmp_path / 'out', ranker_options={'candidates': 15})
+  assert infer_by(RANKERS, tiny_store, trained_run, tmp_path / 'out')['users_resumed'] == 2
+  for path in ranked.glob('*.gz'):
+    assert (tmp_path / 'out' / path.name).read_bytes() == path.read_bytes(), path.name
+  with pytest.raises(UserError, match='candidates-dense.jsonl.gz: the output is already there'):
+    infer_by('dense', tiny_store, trained_run, tmp_path / 'out')
+
+
+def test_an_index_of_the_same_catalogue_saves_time_alone(tiny_store, trained_run, ranked, tmp_path):
+  for name in ('games', 'books'):
+    cli.main(['index', '--catalogue', str(tiny_store / 'data' / name), '--checkpoint', str(trained_run), '--out',
+              str(tmp_path / name)])
+  report = infer_by('dense', tiny_store, trained_run, tmp_path / 'out', index=str(tmp_path / 'games'))
+  assert candidates(tmp_path / 'out', 'dense').read_bytes() == candidates(ranked, 'dense').read_bytes()
+  assert not (tmp_path / 'out' / runs.GENERATIONS).exists() and 'texts_per_user' not in report  # nothing was sampled
+  for options, told in (({'index': str(tmp_path / 'books')}, 'an index of another catalogue than that of games'),
+                        ({'index': str(tmp_path / 'games'), 'bm25': Bm25Options(k1=0.9)}, 'another BM25'),
+                        ({'index': str(tmp_path)}, 'not a whole index')):
+    with pytest.raises(UserError, match=told):
+      infer_by('dense', tiny_store, trained_run, tmp_path / 'other', **options)
+    assert not (tmp_path / 'other').exists()
+
+
+def test_weights_are_learned_on_validation_users_and_used_on_the_test_split(tiny_store, trained_run, tmp_path):
+  names = ('dense', 'likelihood', 'fused')
+  learned = infer_by(names, tiny_store, trained_run, tmp_path / 'validation', split='validation')['fusion']
+  assert learned['weights'].keys() == learned['gain'].keys() == {'dense', 'likelihood'} and learned['users'] == 5
+  assert read_weights(tmp_path / 'validation') == learned['weights']
+  given = {'fusion': str(tmp_path / 'validation')}
+  assert 'fusion' not in infer_by(names, tiny_store, trained_run, tmp_path / 'test', ranker_options=given)
+  numbers = {item_id: number for number, item_id in enumerate(load_histories(tiny_store / 'data/games').item_ids)}
+  dense, likelihood, fused = (read_candidates(candidates(tmp_path / 'test', name), numbers) for name in names)
+  for user in fused:
+    wanted = fuse({'dense': dense[user], 'likelihood': likelihood[user]}, learned['weights'])
+    np.testing.assert_array_equal(fused[user].items, wanted.items)
+    np.testing.assert_allclose(fused[user].scores, wanted.scores)
+  with pytest.raises(UserError, match='no weights of a fusion'):
+    infer_by(names, tiny_store, trained_run, tmp_path / 'none', ranker_options={'fusion': str(tmp_path / 'test')})
+  assert not (tmp_path / 'none').exists()
 
 
 def calrec(*arguments: str, cwd: pathlib.Path) -> subprocess.CompletedProcess:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calrec_jax.inference import sampling
-from calrec_jax.inference.noise import sample_keys
+from calrec_jax.inference.noise import gumbel, sample_keys
 from calrec_jax.inference.sampling import choose, level, nucleus_bound, sample
 from calrec_jax.models import decoding
 from calrec_jax.models.attention import Step
@@ -217,6 +217,40 @@ def test_a_user_gets_the_same_texts_in_any_batch_order_bucket_and_number_of_samp
   same(take(draw(n_samples=7), slice(None), slice(4)), all_users)
   with pytest.raises(AssertionError):  # mutant: the key is the row's
     same(draw(TOKENS_UP[order], LENGTHS_U[order], KEYS_U), take(all_users, order))
+
+
+def parted(a, b):
+  """(user, sample, place) where texts begin to differ."""
+  differ_UN = (a.tokens_UNT != b.tokens_UNT).any(-1)
+  return [(user, n, int(np.argmax(a.tokens_UNT[user, n] != b.tokens_UNT[user, n]))) for user, n in np.argwhere(differ_UN)]
+
+
+def gap(tokens_UP, lengths_U, keys_U, samples, user, n, place):
+  """How far the best two tokens' perturbed scores lie apart, by a plain forward pass."""
+  read = (*tokens_UP[user, :lengths_U[user]].tolist(), *samples.tokens_UNT[user, n, :place].tolist())
+  key_1 = sample_keys(keys_U[user][None], n + 1).reshape(-1)[n:]
+  scores_V = plain_logits(read)[-1] + np.asarray(gumbel(key_1, jnp.int32(place), jnp.arange(V)[None])[0])
+  return np.diff(np.sort(scores_V)[-2:])[0]
+
+
+def test_200_users_get_the_same_texts_in_any_batch_but_where_two_tokens_are_as_good_as_tied():
+  rng = np.random.default_rng(5)
+  lengths_U, tokens_UP = rng.integers(1, 9, 200).astype(np.int32), rng.integers(2, V, (200, 8)).astype(np.int32)
+  keys_U = rng.integers(0, 2**32, (200, 2), dtype=np.uint32)
+  whole = draw(tokens_UP, lengths_U, keys_U)
+  np.testing.assert_array_equal(draw(tokens_UP, lengths_U, keys_U).logprobs_UNT, whole.logprobs_UNT)  # bit for bit
+  wider_UP = np.pad(tokens_UP, ((0, 0), (0, 8)), constant_values=3)
+  blocks = [slice(start, start + 40) for start in range(0, 200, 40)]
+  parts = [draw(wider_UP[users], lengths_U[users], keys_U[users]) for users in blocks]
+  batched = sampling.Samples(*(np.concatenate([getattr(part, field.name) for part in parts])
+                               for field in dataclasses.fields(whole)))
+  found = parted(whole, batched)
+  assert all(gap(tokens_UP, lengths_U, keys_U, whole, *where) < 1e-4 for where in found)
+  equal_UN = (whole.tokens_UNT == batched.tokens_UNT).all(-1)
+  assert equal_UN.mean() > 0.99
+  close(batched.logprobs_UN[equal_UN], whole.logprobs_UN[equal_UN])
+  others = draw(tokens_UP[:40], lengths_U[:40], keys_U[:40] + 1)  # mutant: other noise
+  assert max(gap(tokens_UP, lengths_U, keys_U, whole, *where) for where in parted(take(whole, slice(40)), others)) > 1e-2
 
 
 def test_noise_differs_between_users_samples_and_seeds():

@@ -84,7 +84,7 @@ def test_a_shortlist_is_ranked_by_likelihood(rank, index, likelihoods):
     rankings = rank(index, (shortlist, 'likelihood'), shortlist=shortlist, shortlist_size=5, candidates=3)
     for user, found in enumerate(rankings):
       listed = found[shortlist].items[:5]
-      assert len(found[shortlist].items) in (5, 6)  # more than the candidates, as they are a shortlist
+      assert len(found[shortlist].items) >= 5  # more than the candidates, as they are a shortlist; and ties
       shares_text = np.isin(index.trie.texts_I, index.trie.texts_I[listed])
       agrees(found['likelihood'], np.where(shares_text, likelihoods[user], -np.inf), index, candidates=5)
 
