@@ -74,7 +74,7 @@ def main() -> None:
   begun = time.perf_counter()
   trie = build_trie(load_item_tokens(options.data, data, loaded.template, loaded.vocabulary), max_item_tokens=MAX_ITEM_TOKENS,
                     eos_id=loaded.vocabulary.eos_id)
-  print(f'trie of {len(trie.texts_I)} items in {time.perf_counter() - begun:.2f} s: {trie.n_texts} texts, {len(trie.lows_N)} nodes')
+  print(f'trie of {trie.n_texts} texts: {len(trie.lows_N)} nodes, {time.perf_counter() - begun:.2f} s')
   on_device, clock = constrained.on_device(trie), Clock()
   prefill = jax.jit(lambda params, tokens_UP, lengths_U: decoding.prefill(
       loaded.decoder, params, tokens_UP, lengths_U, bos=False))

@@ -144,11 +144,14 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
       'infer': tiny.gin(['sample.max_users=8', 'sample.n_samples=2', 'sample.max_new_tokens=4']),
       'evaluate': tiny.gin(['ranking.max_users=8'])}
   commands = readme_commands('calrec')
-  verbs = {'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'import', 'score', 'export'}
+  verbs = {'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export'}
   assert {command[0] for command in commands} == verbs
   for command in commands:
     if command[0] == 'import':
       pretrained_folder(pathlib.Path(command[command.index('--from') + 1]))
+    if command[0] == 'recommend':  # of the items that this store has
+      command[command.index('--history') + 1] = ','.join(row['item_id'] for row in lines(pathlib.Path(
+          'data/gift_cards/items.jsonl.gz'))[:2])
     imported = any(argument.endswith('/model.gin') for argument in command)  # brings its own shape
     run(*command, *[option for option in small.get(command[0], []) if not imported or '.decoder.' not in option])
   assert (tmp_path / 'runs/evaluate/metrics.json').exists()

@@ -247,8 +247,7 @@ def test_bad_indexes(tiny_store, trained_run, index, tmp_path, capsys):
   refused(capsys, make(broken), 'broken.jsonl.gz', 'line 2', absent=out)
   refused(capsys, make(tiny_store / 'data/games', '--old', tmp_path), 'not a whole index', absent=out)
   refused(capsys, make(tiny_store / 'data/games', '--checkpoint', tmp_path), 'no checkpoint', absent=out)
-  other = tmp_path / 'other'
-  tiny.train(tiny_store, other, train_steps=1)
+  other = trained_run / 'checkpoints/12'
   refused(capsys, make(tiny_store / 'data/games', '--old', index, '--checkpoint', other), 'another weights', absent=out)
   refused(capsys, ['recommend', '--catalogue', index, '--checkpoint', other, '--history', 'games-0'], 'another weights')
   refused(capsys, [*make(tiny_store / 'data/games'), '--out', index], 'in use')

@@ -151,7 +151,7 @@ def test_weights_have_a_fingerprint():
 
 # Several rankers in a run. Few users at a time, as each ranker's programs are compiled.
 
-FEW = {'n_samples': 4, 'max_new_tokens': None, 'users_per_batch': 2, 'max_users': 5}
+FEW = {'n_samples': 2, 'max_new_tokens': None, 'users_per_batch': 2, 'max_users': 5}
 
 
 def infer_by(rankers, store, checkpoint, out, *, ranker_options=None, split='test', **more) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from calrec_jax.inference.noise import gumbel, sample_keys
-from calrec_jax.inference.sampling import advance, in_blocks, level
+from calrec_jax.inference.sampling import advance, in_blocks, level, stay_in_place
 from calrec_jax.inference.trie import Trie
 from calrec_jax.models import decoding
 from calrec_jax.models.decoder import Decoder
@@ -198,19 +198,6 @@ class _Reader:
     self._index += 1
     self.branch_UW = np.zeros(alive_UW.shape, np.int32)
     self.branch_UW[alive_UW] = place_B[branch]
-
-
-def stay_in_place(parents_B: np.ndarray) -> np.ndarray:
-  """An order of the branches, int [B], in which one child of each parent stands where the parent did, if that is below B.
-
-  Then only the other ones' suffixes have to be moved, and into places that nothing is read from.
-  """
-  n_branches = len(parents_B)
-  parents, firsts = np.unique(parents_B, return_index=True)
-  order_B = np.full(n_branches, -1)
-  order_B[parents[parents < n_branches]] = firsts[parents < n_branches]
-  order_B[order_B < 0] = np.setdiff1d(np.arange(n_branches), order_B)
-  return order_B
 
 
 def _roomy(size: int) -> int:

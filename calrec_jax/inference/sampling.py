@@ -90,9 +90,10 @@ def sample(decoder: Decoder, params: Mapping, prefix: Prefix, user_keys_U2: np.n
     if place == T - 1 or finished_UN.all():
       break
     parted, branch_O = np.unique(branch_UN[~finished_UN] * V + new_UN[~finished_UN], return_inverse=True)
-    parents_B, tokens_B = parted // V, parted % V
+    order_B = stay_in_place(parted // V)
+    parents_B, tokens_B = parted[order_B] // V, parted[order_B] % V
     branch_UN = np.zeros((U, N), np.int64)  # any, where a text has ended
-    branch_UN[~finished_UN] = branch_O
+    branch_UN[~finished_UN] = np.argsort(order_B)[branch_O]
     users_B = users_B[parents_B]
     if place == 0:  # the last token is sampled and never fed: the suffix needs one place less than the text
       suffix = decoding.empty_suffix(decoder, level(len(users_B), U * N), T - 1)
@@ -137,6 +138,19 @@ def advance(decoder: Decoder, params: Mapping, prefix: Prefix, suffix: Caches, p
   of = decoding.branches(users_B, U, widest)
   of = decoding.Branches(of.members_UW, pad(of.places_B))  # padding goes with the first user's first branch
   return _advance(decoder, params, pad(tokens_B), prefix, suffix, of, np.int32(index))
+
+
+def stay_in_place(parents_B: np.ndarray) -> np.ndarray:
+  """An order of the branches, int [B], in which one child of each parent stands where the parent did, if that is below B.
+
+  Then only the other ones' suffixes have to be moved, and into places that nothing is read from.
+  """
+  n_branches = len(parents_B)
+  parents, firsts = np.unique(parents_B, return_index=True)
+  order_B = np.full(n_branches, -1)
+  order_B[parents[parents < n_branches]] = firsts[parents < n_branches]
+  order_B[order_B < 0] = np.setdiff1d(np.arange(n_branches), order_B)
+  return order_B
 
 
 @jax.jit

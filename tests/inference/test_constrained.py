@@ -196,9 +196,11 @@ def test_a_beam_ends_that_cannot_lead_to_a_better_text(monkeypatch):
 
 def test_a_user_finds_the_same_in_any_batch():
   trie = catalogue()
-  together, pair = search(trie), search(trie, (2, 0))
-  np.testing.assert_array_equal(pair.texts_UK, together.texts_UK[[2, 0]])
-  close(pair.logprobs_UK, together.logprobs_UK[[2, 0]])
+  together = search(trie)
+  for users in ((2, 0, 1), (1, 1, 2)):
+    others = search(trie, users)
+    np.testing.assert_array_equal(others.texts_UK, together.texts_UK[list(users)])
+    close(others.logprobs_UK, together.logprobs_UK[list(users)])
 
 
 # Filters.
@@ -305,12 +307,13 @@ def test_every_sample_is_a_text_with_its_exact_log_probability():
 def test_a_user_gets_the_same_texts_in_any_batch_order_and_number_of_samples():
   trie = catalogue()
   together = draw(trie).texts_UK
-  np.testing.assert_array_equal(draw(trie, (2, 0)).texts_UK, together[[2, 0]])
+  for users in ((2, 0, 1), (1, 1, 2), (1,)):
+    np.testing.assert_array_equal(draw(trie, users).texts_UK, together[list(users)])
   np.testing.assert_array_equal(draw(trie, n_samples=11).texts_UK[:, :8], together)
   with pytest.raises(AssertionError):  # mutant: the key is the row's
-    moved = sample_items(DECODER, parameters(), prefix((2, 0)), on_device(trie), KEYS_U[:2], n_samples=8, temperature=1.0,
+    moved = sample_items(DECODER, parameters(), prefix((2, 0, 1)), on_device(trie), KEYS_U, n_samples=8, temperature=1.0,
                          eos_id=EOS)
-    np.testing.assert_array_equal(moved.texts_UK, together[[2, 0]])
+    np.testing.assert_array_equal(moved.texts_UK, together[[2, 0, 1]])
 
 
 def test_temperature_0_takes_the_best_child_at_each_step():

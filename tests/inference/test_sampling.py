@@ -141,12 +141,15 @@ def test_the_comparison_fails_when(monkeypatch, mutant):
     check_steps(monkeypatch, step=MUTANTS[mutant])
 
 
-@pytest.mark.parametrize('lost', ['the parents', 'all but the first'])
-def test_the_comparison_fails_when_suffixes_are_not_those_of(monkeypatch, lost):
-  wrong = {'the parents': lambda suffix, parents_B: suffix, 'all but the first': lambda suffix, parents_B: jax.tree.map(
-      lambda x: x[jnp.zeros_like(parents_B)], suffix)}[lost]
-  monkeypatch.setattr(sampling, '_take', wrong)
-  monkeypatch.setattr(sampling, 'LEVELS', 1)  # so that nothing else is taken
+@pytest.mark.parametrize('lost', ['no parents', 'the first branch'])
+@pytest.mark.parametrize('levels', [1, 4])  # with one, suffixes are moved only; with more they are taken too
+def test_the_comparison_fails_when_suffixes_come_from(monkeypatch, lost, levels):
+  monkeypatch.setattr(sampling, 'LEVELS', levels)
+  take, move = sampling._take, sampling._move
+  wrong = (lambda x_B: np.arange(len(x_B)) if lost == 'no parents' else np.zeros_like(x_B))
+  monkeypatch.setattr(sampling, '_take', lambda suffix, parents_B: take(suffix, wrong(parents_B) % len(suffix[0].keys)))
+  monkeypatch.setattr(sampling, '_move', lambda suffix, parents_M, places_M: (
+      suffix if lost == 'no parents' else move(suffix, wrong(parents_M), places_M)))
   with pytest.raises(AssertionError):
     check_steps(monkeypatch, n_samples=8)
 

@@ -31,10 +31,10 @@ def index(catalogue, loaded) -> Index:
 
 @pytest.fixture(scope='session')
 def prefix(loaded, index):
-  """Of the users of `HISTORIES`."""
+  """Of the first two users of `HISTORIES`: as many as the recommender's tests have in a batch, for one program."""
   prefixes = make_prefixes(loaded.vocabulary, index.tokens, max_item_tokens=loaded.lengths['targets'],
                            max_length=loaded.lengths['inputs'])
-  items = [prefixes.newest(np.array([index.item_numbers[item_id] for item_id in history]))[0] for history in HISTORIES]
+  items = [prefixes.newest(np.array([index.item_numbers[item_id] for item_id in history]))[0] for history in HISTORIES[:2]]
   tokens_UP, lengths_U = padded([prefixes.tokens(each) for each in items], 64)
   return prefill(loaded.decoder, loaded.by_layer, tokens_UP, lengths_U, loaded.vocabulary.bos_id is not None)
 
