@@ -3,9 +3,10 @@
 Both sides have the weights of one checkpoint (such as SmolLM2-135M), float32, on this machine's CPU, and read the same
 prefixes: the last 512 tokens of real histories. The peer samples with `num_return_sequences`, SDPA, `inference_mode`,
 `top_k=0`, `top_p=1`. One user at a time, and several a batch (the peer's best of those given, one a batch among them). The
-temperature is the method's, 0.5. First the log-probability of every token that we sampled, under the peer; where one differs
-by more than 1e-3 nothing counts. Then memory beyond the weights, from the compiled programs, of 32 samples over one. The last
-line is JSON; `ratio` is for one user at a time, `batch_ratio` for several.
+temperature is the method's, 0.5; memory comes in huge pages, for both sides. First the log-probability of every token that we
+sampled, under the peer; where one differs by more than 1e-3 nothing counts. Then the speed, and memory beyond the weights, from
+the compiled programs, of 32 samples over one. The last line is JSON; `ratio` is for one user at a time, `batch_ratio` for
+several.
 
   python benchmarks/infer_speed.py --checkpoint SMOLLM2 --data HISTORIES_FOLDER [--quick]
 
@@ -14,6 +15,8 @@ line is JSON; `ratio` is for one user at a time, `batch_ratio` for several.
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -118,6 +121,9 @@ def peak_bytes(ours: Ours, n_samples: int) -> int:
 
 
 def main() -> None:
+  if 'GLIBC_TUNABLES' not in os.environ:  # is read when a process starts
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    os.execv(sys.executable, [sys.executable, *sys.argv])
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--checkpoint', required=True)
   parser.add_argument('--data', required=True)

@@ -15,15 +15,15 @@ from calrec_jax.data.histories import Histories, visible
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.evaluation.generations import NAME as GENERATIONS
-from calrec_jax.inference.generate import generate
+from calrec_jax.inference.generate import candidates_file, generate
 from calrec_jax.inference.loading import Loaded, load
 from calrec_jax.models.decoding import Prefix
 from calrec_jax.ranking.bm25 import LUCENE, Bm25Options
-from calrec_jax.ranking.candidates import candidate_files, read_candidates
+from calrec_jax.ranking.candidates import read_candidates
 from calrec_jax.ranking.catalogue import from_histories
 from calrec_jax.ranking.index import build_index, check_fits, load_index
-from calrec_jax.ranking.rank_fusion import learn, write_weights
-from calrec_jax.ranking.rankers import DEFAULTS, RankerOptions, Rankers, check_names, needed_by
+from calrec_jax.ranking.rank_fusion import learn, read_weights, write_weights
+from calrec_jax.ranking.rankers import DEFAULTS, RANKERS, RankerOptions, Rankers, check_names, needed_by
 from calrec_jax.text.item_tokens import load_item_tokens
 from calrec_jax.text.templates import ItemTemplate
 
@@ -61,6 +61,7 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
     The report of `generate`, and `fusion`, what was learned, where it was.
   """
   names = check_names(rankers)
+  names = RANKERS if names == ('fused',) else names  # what is fused is written too
   data = load_data(data_dir, task_name)
   loaded = load(checkpoint, dtype=dtype)
   vocabulary, found = loaded.vocabulary, loaded.found
@@ -69,8 +70,9 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   if names != ('bm25',):
     searched = _searched(loaded, data, names, ranker_options, bm25, index)
     used = needed_by(names, ranker_options.shortlist)
-    searches = {'rank': searched, 'texts': 'bm25' in used,
-                'ranking': {'rankers': names, **dataclasses.asdict(ranker_options), 'bm25': dataclasses.asdict(bm25)}}
+    weights = read_weights(ranker_options.fusion) if ranker_options.fusion else None  # by content: the file may change
+    searches = {'rank': searched, 'texts': 'bm25' in used, 'ranking': {
+        'rankers': names, **dataclasses.asdict(ranker_options), 'fusion': weights, 'bm25': dataclasses.asdict(bm25)}}
   with _folder(folder):
     report = sample(
         decoder=loaded.decoder, params=loaded.by_layer, vocabulary=vocabulary, histories=data,
@@ -80,7 +82,7 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
     if jax.process_index():  # the first process has the outputs
       return report
     if 'fused' in names and report['split'] == 'validation':
-      report['fusion'] = _learn_fusion(folder, data)
+      report['fusion'] = _learn_fusion(folder, data, [name for name in names if name != 'fused'])
   provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
                    data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
                    template=dataclasses.asdict(loaded.template))
@@ -110,16 +112,16 @@ def _searched(loaded: Loaded, data: Histories, names: Sequence[str], options: Ra
   return rank
 
 
-def _learn_fusion(folder: pathlib.Path, data: Histories) -> dict[str, Any]:
+def _learn_fusion(folder: pathlib.Path, data: Histories, names: Sequence[str]) -> dict[str, Any]:
   """Learns from the users' validation targets what each ranking is worth; writes it, and returns it."""
   numbers = {item_id: number for number, item_id in enumerate(data.item_ids)}
-  files = {name: path for name, path in candidate_files(folder).items() if name != 'fused'}
-  if not files:
-    return {}
-  by_name = {name: read_candidates(path, numbers) for name, path in files.items()}
-  targets = {data.user_ids[user]: int(data.history(user)[visible(len(data.history(user)), 'validation') - 1])
-             for user in range(len(data.user_ids)) if data.user_ids[user] in next(iter(by_name.values()))}
-  learned = learn([{name: lists[user] for name, lists in by_name.items()} for user in targets], list(targets.values()))
+  by_name = {name: read_candidates(candidates_file(folder / GENERATIONS, name), numbers) for name in names}
+  target_of = {user_id: int(data.history(user)[visible(len(data.history(user)), 'validation') - 1])
+               for user, user_id in enumerate(data.user_ids) if user_id in by_name[names[0]]}
+  try:
+    learned = learn([{name: lists[user] for name, lists in by_name.items()} for user in target_of], list(target_of.values()))
+  except UserError as error:  # the candidates are whole, and stay
+    return {'none': str(error)}
   write_weights(folder, learned)
   return learned
 

@@ -68,14 +68,12 @@ def users(n, *, items=200, hit=0.7, seed=0):
   return lists, targets
 
 
-def test_a_useful_ranking_has_more_weight_than_a_random_one_and_is_what_adds():
+def test_a_useful_ranking_is_what_adds_and_a_random_one_is_left_out():
   learned = learn(*users(200))
   weights, gain, ndcg = learned['weights'], learned['gain'], learned['ndcg@10']
-  assert weights['useful'] > 5 * weights['random'] >= 0
-  assert gain['useful'] > 0.3 and gain['useful'] > 10 * abs(gain['random'])
-  # A ranking that adds nothing costs a little: places weigh 1 / 61, 1 / 62, …, so that a small weight changes neighbours.
-  assert ndcg['useful'] > 0.6 > 0.3 > ndcg['random'] and ndcg['fused'] > ndcg['useful'] - 0.05
-  assert gain['random'] == pytest.approx(ndcg['fused'] - ndcg['useful'])  # without it the useful one is left, as it is
+  # Places weigh 1 / 61, 1 / 62, …: even a small weight of the random one would reorder neighbours.
+  assert weights['useful'] > weights['random'] == 0 and gain['useful'] > 0.3 and -0.1 < gain['random'] < 0
+  assert ndcg['useful'] > 0.6 > 0.3 > ndcg['random'] and ndcg['fused'] == pytest.approx(ndcg['useful'])
   assert gain.keys() == weights.keys() == {'useful', 'random'} and 150 < learned['users'] <= 200
 
 
