@@ -17,6 +17,7 @@ from calrec_jax import cli, runs
 from calrec_jax.data.histories import load as load_histories
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
+from calrec_jax.inference import generate as generating
 from calrec_jax.inference.generate import generate
 from calrec_jax.inference.loading import fingerprint
 from calrec_jax.inference.partial import Partial
@@ -91,10 +92,9 @@ def test_stopped_and_resumed_inference_is_uninterrupted(tiny_store, trained, tmp
 
 def test_inference_is_not_resumed_with_other_weights(tiny_store, trained, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(Partial, 'remove', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(generating, '_write', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       infer(tiny_store, trained, tmp_path / 'out')
-  (tmp_path / 'out' / runs.GENERATIONS).unlink()
   tiny.train(tiny_store, tmp_path / trained.name, train_steps=1, seed=1)  # of the same name and step
   with pytest.raises(UserError):
     infer(tiny_store, tmp_path / trained.name, tmp_path / 'out')

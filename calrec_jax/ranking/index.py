@@ -106,8 +106,9 @@ def load_index(folder: str | os.PathLike) -> Index:
     index = Index(description, items, catalogue, Bm25.load(folder / 'bm25.npz'), Trie.load(folder / 'trie.npz'),
                   np.load(texts, mmap_mode='r') if texts.exists() or description['embedded'] else None)
   except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f'{folder}: not a whole index ({type(error).__name__}: {str(error)[:120]}); build it with '
-                    '`calrec index`.') from error
+    file = f'{pathlib.Path(error.filename).name}: ' if isinstance(error, OSError) and error.filename else ''
+    what = f'{file}{error.strerror}' if file else f'{type(error).__name__}: {str(error)[:120]}'
+    raise UserError(f'{folder}: not a whole index ({what}); build it with `calrec index`.') from error
   texts_fit = index.texts_TD is None or (index.texts_TD.ndim == 2 and len(index.texts_TD) == index.trie.n_texts)
   if (_fingerprint(catalogue) != description['items'] or not texts_fit
       or len(index.bm25) != len(ids) or len(index.trie.texts_I) != len(ids)):

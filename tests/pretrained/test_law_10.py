@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from calrec_jax.inference.generate import prefill
 from calrec_jax.inference.loading import Loaded, load
 from calrec_jax.inference.sampling import sample
 from calrec_jax.models.decoder import Decoder
@@ -102,8 +103,9 @@ def test_greedy_generation_agrees_token_by_token(name):
   for row_P, text in zip(tokens_UP, TEXTS, strict=True):
     row_P[:len(text)] = text
   eos = 1
-  ours = jax.device_get(sample(loaded.decoder, loaded.params, tokens_UP, np.array(LENGTHS, np.int32),
-                               np.zeros((3, 2), np.uint32), n_samples=1, temperature=0, max_new_tokens=10, eos_id=eos))
+  prefix = prefill(loaded.decoder, loaded.by_layer, tokens_UP, np.array(LENGTHS, np.int32), False)
+  ours = sample(loaded.decoder, loaded.by_layer, prefix, np.zeros((3, 2), np.uint32), n_samples=1, temperature=0,
+                max_new_tokens=10, eos_id=eos)
   for user, text in enumerate(TEXTS):
     with torch.no_grad():
       theirs = model.generate(torch.tensor(text[None]), max_new_tokens=10, do_sample=False, eos_token_id=eos, pad_token_id=eos,
