@@ -186,7 +186,7 @@ def _recommend(options: argparse.Namespace) -> Outcome:
   if index.is_index(options.catalogue):
     catalogue = index.load_index(options.catalogue)
   else:
-    embed = 'dense' in rankers.needed_by(names, rankers.RankerOptions().shortlist)
+    embed = 'dense' in rankers.needed_by(names, rankers.DEFAULTS.shortlist)
     catalogue = index.build_index(*index.read_catalogue(options.catalogue), loaded, embed=embed)
   recommender = Recommender(loaded, catalogue, options=rankers.RankerOptions(fusion=options.fusion), seed=options.seed)
 

@@ -14,6 +14,7 @@ from calrec_jax.data import histories, oracle
 from calrec_jax.data.histories import Histories, visible
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
+from calrec_jax.evaluation.fusion_weights import learn
 from calrec_jax.evaluation.generations import NAME as GENERATIONS
 from calrec_jax.inference.generate import candidates_file, generate
 from calrec_jax.inference.loading import Loaded, load
@@ -22,7 +23,7 @@ from calrec_jax.ranking.bm25 import LUCENE, Bm25Options
 from calrec_jax.ranking.candidates import read_candidates
 from calrec_jax.ranking.catalogue import from_histories
 from calrec_jax.ranking.index import build_index, check_fits, load_index
-from calrec_jax.ranking.rank_fusion import learn, read_weights, write_weights
+from calrec_jax.ranking.rank_fusion import read_weights, write_weights
 from calrec_jax.ranking.rankers import DEFAULTS, RANKERS, RankerOptions, Rankers, check_names, needed_by
 from calrec_jax.text.item_tokens import load_item_tokens
 from calrec_jax.text.templates import ItemTemplate
@@ -115,7 +116,7 @@ def _searched(loaded: Loaded, data: Histories, names: Sequence[str], options: Ra
 def _learn_fusion(folder: pathlib.Path, data: Histories, names: Sequence[str]) -> dict[str, Any]:
   """Learns from the users' validation targets what each ranking is worth; writes it, and returns it."""
   numbers = {item_id: number for number, item_id in enumerate(data.item_ids)}
-  by_name = {name: read_candidates(candidates_file(folder / GENERATIONS, name), numbers) for name in names}
+  by_name = {name: read_candidates(candidates_file(folder, name), numbers) for name in names}
   target_of = {user_id: int(data.history(user)[visible(len(data.history(user)), 'validation') - 1])
                for user, user_id in enumerate(data.user_ids) if user_id in by_name[names[0]]}
   try:

@@ -85,7 +85,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
   began = time.monotonic()
   path = pathlib.Path(out)
   names = (ranking or {}).get('rankers', ())
-  there = [file for file in ([path] if texts else []) + [candidates_file(path, name) for name in names] if file.exists()]
+  there = [file for file in ([path] if texts else []) + [candidates_file(path.parent, name) for name in names] if file.exists()]
   if there and not partial_files(path):  # with it they are of a run that was stopped while it wrote
     raise UserError(f'{there[0]}: the output is already there; choose another place, or remove it first.')
   options = {'split': split, 'n_samples': n_samples, 'temperature': temperature, 'top_p': top_p,
@@ -161,7 +161,7 @@ def _wait(what: str) -> None:
 def _write(path: pathlib.Path, rows: Sequence[Mapping], rankers: Sequence[str], texts: bool, item_ids: Sequence[str]) -> None:
   """Writes the outputs, and removes the partial files."""
   for name in rankers:
-    write_rows(candidates_file(path, name), (
+    write_rows(candidates_file(path.parent, name), (
         {'user_id': row['user_id'], 'item_ids': [item_ids[item] for item in row['candidates'][name][0]],
          'scores': row['candidates'][name][1]} for row in rows))
   if texts:
@@ -176,9 +176,9 @@ def prefill(decoder: Decoder, params: Mapping, tokens_UP: np.ndarray, lengths_U:
   return decoding.prefill(decoder, params, tokens_UP, lengths_U, bos=bos)
 
 
-def candidates_file(generations: pathlib.Path, ranker: str) -> pathlib.Path:
+def candidates_file(folder: pathlib.Path, ranker: str) -> pathlib.Path:
   """Where a ranker's candidates are, beside the generations."""
-  return generations.with_name(f'candidates-{ranker}.jsonl.gz')
+  return folder / f'candidates-{ranker}.jsonl.gz'
 
 
 def check_options(options: Mapping[str, object]) -> None:

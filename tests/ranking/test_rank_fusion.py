@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calrec_jax.errors import UserError
+from calrec_jax.evaluation.fusion_weights import learn
 from calrec_jax.ranking.order import Ranked
-from calrec_jax.ranking.rank_fusion import fuse, learn, read_weights, write_weights
+from calrec_jax.ranking.rank_fusion import fuse, read_weights, write_weights
 
 
 def ranked(*pairs) -> Ranked:
