@@ -1,7 +1,7 @@
 """Grouped-query attention: over a whole packed sequence, or of new tokens against caches.
 
 Axes: B rows, L length, D embed, H heads, G key-value heads, R = H / G, K head dim; in decoding U users, W branches of each at
-most (B in all, L = S new tokens of each), P prefix length, T suffix length, X = W · S · R and Y = S · R columns.
+most (B in all, L = S new tokens of each), P prefix length, T suffix length, X = W · S · R and Y = S · R rows.
 """
 
 import flax.linen as nn
@@ -19,16 +19,16 @@ from calrec_jax.models.rope import Rotation
 class Cache:
   """Keys (rotated) and values of one layer.
 
-  As a sequence is read they are [B, L, G, K]. Prefixes have keys [U, G, P, K] and values [U, G, K, P], suffixes keys
-  [B, G, T, K] and values [B, G, K, T]: what the products of a step read without laying it out anew.
+  As a sequence is read they are [B, L, G, K]; of prefixes [U, G, P, K] and of suffixes [B, G, T, K], which the products of a
+  step read without laying them out anew.
   """
 
   keys: jax.Array
   values: jax.Array
 
-  def as_prefix(self) -> 'Cache':
-    """The cache of a sequence, laid out as a prefix."""
-    return Cache(self.keys.transpose(0, 2, 1, 3), self.values.transpose(0, 2, 3, 1))
+  def heads_first(self) -> 'Cache':
+    """The cache of a sequence, laid out as a prefix or suffix."""
+    return jax.tree.map(lambda x_BLGK: x_BLGK.swapaxes(1, 2), self)
 
 
 @flax.struct.dataclass
@@ -69,39 +69,41 @@ def attend_step(q_BSHK: jax.Array, prefix: Cache, suffix: Cache, step: Step, con
                 local: jax.Array | None) -> jax.Array:
   """Attention of new tokens to the one prefix of their user and to their branch's suffix, [B, S, H, K].
 
-  The two softmaxes become one by their maxima and sums. Scores lie keys first, as in `packed_attention`.
+  The two softmaxes become one by their maxima and sums.
   """
   (B, G, T, K), (U, _, P, _), W, S = suffix.keys.shape, prefix.keys.shape, step.branches.shape[1], q_BSHK.shape[1]
-  q_BGKSR = (q_BSHK * config.attention_scale).reshape(B, S, G, -1, K).transpose(0, 2, 4, 1, 3)
-  R = q_BGKSR.shape[-1]
-  score = lambda equation, keys, q: softcap(einsum32(equation, keys, q), config.attention_softcap)
-  columns = lambda x: jnp.repeat(x, R, axis=-1)  # one for each head of a group
-  # By branch [B, ...] to by user [U, ..., W · S · R], and back.
-  by_user = lambda x_BY: jnp.moveaxis(x_BY[step.branches], 1, -2).reshape(U, *x_BY.shape[1:-1], -1)
-  split = lambda x_UX: jnp.moveaxis(x_UX.reshape(*x_UX.shape[:-1], W, -1), -2, 1)
-  by_branch = lambda x_UX: split(x_UX).reshape(U * W, *x_UX.shape[1:-1], -1)[step.places]
-  q_BGKY = q_BGKSR.reshape(B, G, K, -1)
-  prefix_UGPX = score('ugpk,ugkx->ugpx', prefix.keys, by_user(q_BGKY))
-  suffix_BGTY = score('bgtk,bgky->bgty', suffix.keys, q_BGKY)
-  back_UPX = columns(by_user(step.positions))[:, None] - jnp.arange(P)[None, :, None]
-  seen_UPX = step.prefix_mask[:, :, None] & near(back_UPX, config.window, local)
-  prefix_UGPX = jnp.where(seen_UPX[:, None], prefix_UGPX, -jnp.inf)
-  back_TY = columns(step.index + jnp.arange(S)[None] - jnp.arange(T)[:, None])
-  seen_TY = (back_TY >= 0) & near(back_TY, config.window, local)
-  suffix_BGTY = jnp.where(seen_TY[None, None], suffix_BGTY, -jnp.inf)
-  highest_BGY = jnp.maximum(by_branch(jnp.max(prefix_UGPX, axis=2)), jnp.max(suffix_BGTY, axis=2))
-  prefix_UGPX = jnp.exp(prefix_UGPX - by_user(highest_BGY)[:, :, None])
-  suffix_BGTY = jnp.exp(suffix_BGTY - highest_BGY[:, :, None])
-  sum_BGY = by_branch(jnp.sum(prefix_UGPX, axis=2)) + jnp.sum(suffix_BGTY, axis=2)
-  of_prefix_BGKY = by_branch(einsum32('ugkp,ugpx->ugkx', prefix.values, prefix_UGPX))
-  out_BGKY = (of_prefix_BGKY + einsum32('bgkt,bgty->bgky', suffix.values, suffix_BGTY)) / sum_BGY[:, :, None]
-  return out_BGKY.astype(q_BSHK.dtype).reshape(B, G, K, S, R).transpose(0, 3, 1, 4, 2).reshape(q_BSHK.shape)
+  q_BGYK = (q_BSHK * config.attention_scale).reshape(B, S, G, -1, K).swapaxes(1, 2).reshape(B, G, -1, K)
+  R = q_BGYK.shape[2] // S
+  # By branch [B, G, S · R, ...] to by user [U, G, W · S · R, ...], and back.
+  by_user = lambda x_BGYC: x_BGYC[step.branches].swapaxes(1, 2).reshape(U, x_BGYC.shape[1], W * S * R, -1)
+  by_branch = lambda x_UGXC: x_UGXC.reshape(U, G, W, S * R, -1).swapaxes(1, 2).reshape(U * W, G, S * R, -1)[step.places]
+
+  def part(q_CGYK: jax.Array, cache: Cache, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The maximum of the scores, the sum of their exponentials and of the values by these."""
+    scores_CGYN = softcap(einsum32('cgyk,cgnk->cgyn', q_CGYK, cache.keys), config.attention_softcap)
+    scores_CGYN = jnp.where(seen, scores_CGYN, -jnp.inf)
+    # In a window that has passed the prefix all are -inf; the bound makes their exponentials 0.
+    highest_CGY1 = jnp.max(scores_CGYN, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
+    weights_CGYN = jnp.exp(scores_CGYN - highest_CGY1)
+    return highest_CGY1, jnp.sum(weights_CGYN, axis=-1, keepdims=True), einsum32('cgyn,cgnk->cgyk', weights_CGYN, cache.values)
+
+  rows = lambda x_BS: jnp.repeat(x_BS, R, axis=-1)[:, None, :, None]  # one for each head of a group
+  back_U1XP = by_user(rows(step.positions)) - jnp.arange(P)[None, None, None]
+  seen_U1XP = step.prefix_mask[:, None, None] & near(back_U1XP, config.window, local)
+  back_11YT = rows(step.index + jnp.arange(S)[None]) - jnp.arange(T)[None, None, None]
+  seen_11YT = (back_11YT >= 0) & near(back_11YT, config.window, local)
+  of_prefix = [by_branch(x_UGXC) for x_UGXC in part(by_user(q_BGYK), prefix, seen_U1XP)]
+  of_suffix = part(q_BGYK, suffix, seen_11YT)
+  highest_BGY1 = jnp.maximum(of_prefix[0], of_suffix[0])
+  sum_BGY1, out_BGYK = (sum(x[n] * jnp.exp(x[0] - highest_BGY1) for x in (of_prefix, of_suffix)) for n in (1, 2))
+  out_BGYK = (out_BGYK / sum_BGY1).astype(q_BSHK.dtype)
+  return out_BGYK.reshape(B, G, S, R, K).swapaxes(1, 2).reshape(q_BSHK.shape)
 
 
 def write_suffix(suffix: Cache, keys_BSGK: jax.Array, values_BSGK: jax.Array, index: jax.Array) -> Cache:
   """The suffixes with S more tokens, from `index` on."""
-  return Cache(jax.lax.dynamic_update_slice_in_dim(suffix.keys, keys_BSGK.transpose(0, 2, 1, 3), index, axis=2),
-               jax.lax.dynamic_update_slice_in_dim(suffix.values, values_BSGK.transpose(0, 2, 3, 1), index, axis=3))
+  new = Cache(keys_BSGK, values_BSGK).heads_first()
+  return jax.tree.map(lambda x_BGTK, new_BGSK: jax.lax.dynamic_update_slice_in_dim(x_BGTK, new_BGSK, index, axis=2), suffix, new)
 
 
 class Attention(nn.Module):

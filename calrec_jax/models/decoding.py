@@ -2,7 +2,7 @@
 
 Training scans its layers, as compile time must not grow with them. A step of decoding does little work a weight: there the
 copy of each layer's weights out of the stack that a scan makes on CPU costs as much as the step. So each layer has arrays of
-its own here. The modules are those of `decoder.py`.
+its own here, and kernels are transposed: products of few rows read those faster. The modules are those of `decoder.py`.
 
 Axes: U users, W branches of each at most, B branches in all (texts that are being written), P padded prefix length, T suffix
 length, S new tokens of a branch; L length, D embed, V vocabulary.
@@ -15,9 +15,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from calrec_jax.models.attention import Cache, Step, Whole, causal_mask
 from calrec_jax.models.decoder import Block, Decoder
+from calrec_jax.models.layers import TRANSPOSED
 from calrec_jax.models.rope import rotation
 
 Caches = tuple[Cache, ...]  # of all layers
@@ -43,12 +45,20 @@ class Prefix:
 
 
 def by_layer(params: Mapping) -> dict[str, Any]:
-  """The decoder's parameters with `layers` a tuple, a tree for each layer, in the place of stacked arrays."""
+  """The decoder's parameters with `layers` a tuple, a tree for each layer, in the place of stacked arrays.
+
+  Kernels become `TRANSPOSED` ones, [outputs, inputs] of all axes together.
+  """
   if isinstance(params['layers'], tuple):
     return dict(params)
-  stacked, treedef = jax.tree.flatten(params['layers'])
-  layers = zip(*([jnp.array(x) for x in leaf] for leaf in stacked), strict=True)
-  return {**params, 'layers': tuple(jax.tree.unflatten(treedef, leaves) for leaves in layers)}
+  layers = [{} for _ in jax.tree.leaves(params['layers'])[0]]
+  for path, stacked in traverse_util.flatten_dict(params['layers']).items():
+    for layer, x in zip(layers, stacked, strict=True):
+      if path[-1] == 'kernel':
+        layer[*path[:-1], TRANSPOSED] = jnp.array(x.reshape(-1, x.shape[-1]) if path[-2] == 'out' else x.reshape(len(x), -1)).T
+      else:
+        layer[path] = jnp.array(x)
+  return {**params, 'layers': tuple(map(traverse_util.unflatten_dict, layers))}
 
 
 def prefill(decoder: Decoder, params: Mapping, tokens_UP: jax.Array, lengths_U: jax.Array, *, bos: bool) -> Prefix:
@@ -62,7 +72,7 @@ def prefill(decoder: Decoder, params: Mapping, tokens_UP: jax.Array, lengths_U: 
   counted_UP = (mask_UP & (positions_UP >= int(bos))).astype(jnp.float32)
   user_UD = jnp.einsum('up,upd->ud', counted_UP, hidden_UPD.astype(jnp.float32), precision='highest')
   user_UD /= jnp.maximum(jnp.sum(counted_UP, axis=1, keepdims=True), 1.0)
-  return Prefix(tuple(cache.as_prefix() for cache in caches), mask_UP, lengths_U, last_UD, user_UD)
+  return Prefix(tuple(cache.heads_first() for cache in caches), mask_UP, lengths_U, last_UD, user_UD)
 
 
 @flax.struct.dataclass
@@ -104,7 +114,7 @@ def empty_suffix(decoder: Decoder, n_branches: int, length: int) -> Caches:
   """Suffixes with room for `length` tokens."""
   c = decoder.config
   zeros = lambda *sizes: jnp.zeros((n_branches, c.n_kv_heads, *sizes), c.compute_dtype)
-  return tuple(Cache(zeros(length, c.head_dim), zeros(c.head_dim, length)) for _ in range(c.n_layers))
+  return tuple(Cache(zeros(length, c.head_dim), zeros(length, c.head_dim)) for _ in range(c.n_layers))
 
 
 def logits(decoder: Decoder, params: Mapping, hidden_BD: jax.Array) -> jax.Array:

@@ -13,6 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from calrec_jax.models.decoder_config import DecoderConfig
 
 
+TRANSPOSED = 'transposed'  # a kernel as [outputs, inputs], which decoding reads: see `decoding.by_layer`
+
+
 def _lead(x: jax.Array, ndim: int) -> jax.Array:
   """x with leading axes of size 1, `ndim` in all."""
   return jnp.expand_dims(x, range(ndim - x.ndim))
@@ -59,6 +62,8 @@ class Projection(nn.Module):
     input_axes, output_axes: their logical names.
     bias: whether there is one.
     name: of the layer; one of `PROJECTIONS`.
+
+  The parameters have a `kernel` [inputs, outputs], or in its place a `transposed` one.
   """
 
   config: DecoderConfig
@@ -74,7 +79,12 @@ class Projection(nn.Module):
     def weight(name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], names: tuple[str, ...]) -> jax.Array:
       return self.param(name, nn.with_logical_partitioning(init, names), shape, c.param_dtype).astype(x.dtype)
     normal, zeros = nn.initializers.normal(math.prod(self.inputs) ** -0.5), nn.initializers.zeros
-    y = product(x, weight('kernel', normal, (*self.inputs, *self.outputs), (*self.input_axes, *self.output_axes)), axes)
+    if self.has_variable('params', TRANSPOSED):
+      kernel_OI = self.get_variable('params', TRANSPOSED).astype(x.dtype)
+      rows = x.reshape(*x.shape[:x.ndim - axes], -1)
+      y = product(rows, kernel_OI.T, 1).reshape(*rows.shape[:-1], *self.outputs)
+    else:
+      y = product(x, weight('kernel', normal, (*self.inputs, *self.outputs), (*self.input_axes, *self.output_axes)), axes)
     if c.lora_rank and self.name in c.lora_targets:
       a = weight('lora_a', normal, (*self.inputs, c.lora_rank), (*self.input_axes, 'lora'))
       b = weight('lora_b', zeros, (c.lora_rank, *self.outputs), ('lora', *self.output_axes))

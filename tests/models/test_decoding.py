@@ -10,6 +10,7 @@ import pytest
 from calrec_jax.models import decoding
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
+from calrec_jax.models.layers import TRANSPOSED
 
 V = 13
 LOCAL = DecoderConfig(vocab_size=V, n_layers=3, embed_dim=16, n_heads=4, n_kv_heads=2, head_dim=8, ff_dim=24, dtype='float32',
@@ -52,7 +53,7 @@ def test_a_prefill_has_the_last_hidden_state_and_the_mean_of_all():
       hidden_LD = plain(TOKENS_UP[user, :length])
       close(prefix.last_UD[user], hidden_LD[-1])
       close(prefix.user_UD[user], hidden_LD[int(bos):].mean(0))
-  assert prefix.caches[0].keys.shape == (2, 2, 6, 8) and prefix.caches[0].values.shape == (2, 2, 8, 6)
+  assert prefix.caches[0].keys.shape == prefix.caches[0].values.shape == (2, 2, 6, 8)
 
 
 def extended(steps, of=None):
@@ -93,4 +94,4 @@ def test_layers_are_taken_apart_once():
   params = decoding.by_layer(parameters())
   assert len(params['layers']) == 3 and decoding.by_layer(params)['layers'] is params['layers']
   kernel_LDHK = parameters()['layers']['attention']['query']['kernel']
-  np.testing.assert_array_equal(params['layers'][1]['attention']['query']['kernel'], kernel_LDHK[1])
+  np.testing.assert_array_equal(params['layers'][1]['attention']['query'][TRANSPOSED], kernel_LDHK[1].reshape(16, -1).T)
