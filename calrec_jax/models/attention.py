@@ -103,7 +103,7 @@ def attend_step(q_BSHK: jax.Array, prefix: Cache, suffix: Cache, step: Step, con
 def write_suffix(suffix: Cache, keys_BSGK: jax.Array, values_BSGK: jax.Array, index: jax.Array) -> Cache:
   """The suffixes with S more tokens, from `index` on."""
   new = Cache(keys_BSGK, values_BSGK).heads_first()
-  return jax.tree.map(lambda x_BGTK, new_BGSK: jax.lax.dynamic_update_slice_in_dim(x_BGTK, new_BGSK, index, axis=2), suffix, new)
+  return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=2), suffix, new)
 
 
 class Attention(nn.Module):

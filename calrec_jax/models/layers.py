@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from calrec_jax.models.decoder_config import DecoderConfig
 
-
 TRANSPOSED = 'transposed'  # a kernel as [outputs, inputs], which decoding reads: see `decoding.by_layer`
 
 
