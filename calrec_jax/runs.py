@@ -11,7 +11,7 @@ import jax
 
 from calrec_jax import provenance
 from calrec_jax.data import histories, oracle
-from calrec_jax.data.histories import Histories, visible
+from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.evaluation.fusion_weights import learn
@@ -117,7 +117,7 @@ def _learn_fusion(folder: pathlib.Path, data: Histories, names: Sequence[str]) -
   """Learns from the users' validation targets what each ranking is worth; writes it, and returns it."""
   numbers = {item_id: number for number, item_id in enumerate(data.item_ids)}
   by_name = {name: read_candidates(candidates_file(folder, name), numbers) for name in names}
-  target_of = {user_id: int(data.history(user)[visible(len(data.history(user)), 'validation') - 1])
+  target_of = {user_id: int(data.seen(user, 'validation')[-1])
                for user, user_id in enumerate(data.user_ids) if user_id in by_name[names[0]]}
   try:
     learned = learn([{name: lists[user] for name, lists in by_name.items()} for user in target_of], list(target_of.values()))

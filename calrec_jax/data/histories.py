@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import duckdb
 import numpy as np
@@ -27,6 +27,7 @@ from calrec_jax.errors import UserError
 
 FIELDS = describe.FIELDS
 FORMAT = 1
+_HELD_OUT = {'train': 2, 'validation': 1, 'test': 0}  # of leave-one-out: events at a history's end (method: Data)
 _SUFFIXES = ('.jsonl.gz', '.jsonl', '.parquet')
 
 
@@ -42,6 +43,8 @@ class Histories:
     offsets: int64 [U + 1]; history u is events[offsets[u]:offsets[u + 1]].
     events: int32 [offsets[-1]], item indices in time order.
     timestamps: int64 seconds, like events; None if unknown.
+    cutoffs: the times, in seconds, at which the validation and the test period begin; None: the split is leave-one-out.
+    options: how the data set was prepared, as in dataset.json; {} if unknown.
   """
 
   name: str
@@ -51,10 +54,37 @@ class Histories:
   offsets: np.ndarray
   events: np.ndarray
   timestamps: np.ndarray | None = None
+  cutoffs: tuple[int, int] | None = None
+  options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
   def history(self, user: int) -> np.ndarray:
     """The item indices of user number `user`: int32 [its number of events], a view."""
     return self.events[self.offsets[user]:self.offsets[user + 1]]
+
+  def seen(self, user: int, split: str) -> np.ndarray:
+    """What `split` may see of a user's history, its target at the end: int32, a view; empty without a target."""
+    return self.history(user)[:self.visible(split)[user]]
+
+  def visible(self, split: str) -> np.ndarray:
+    """How many events of each history `split` may see, its target included: int64 [U], not to be changed.
+
+    Leave-one-out sees all but the last two events (`train`), the last (`validation`) or none (`test`). Split by time, `train`
+    sees what was before the validation period, the others what was before their period and the first event in it; nothing,
+    where there is none.
+    """
+    if split not in self._visible:
+      raise ValueError(f'split {split!r}: expected one of {list(self._visible)}.')
+    return self._visible[split]
+
+  @functools.cached_property
+  def _visible(self) -> dict[str, np.ndarray]:
+    lengths_U = np.diff(self.offsets).astype(np.int64)
+    if self.cutoffs is None:
+      return {split: np.maximum(lengths_U - held_out, 0) for split, held_out in _HELD_OUT.items()}
+    users_E = np.repeat(np.arange(len(lengths_U)), lengths_U)
+    before_U, until_U = (np.bincount(users_E[self.timestamps < time], minlength=len(lengths_U)) for time in self.cutoffs)
+    return {'train': before_U, 'validation': np.where(before_U < until_U, before_U + 1, 0),
+            'test': np.where(until_U < lengths_U, until_U + 1, 0)}
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -65,18 +95,8 @@ class Histories:
       digest.update(json.dumps(texts).encode() + b'\n')
     digest.update(self.offsets.astype('<i8').tobytes() + self.events.astype('<i4').tobytes())
     digest.update(b'' if self.timestamps is None else self.timestamps.astype('<i8').tobytes())
+    digest.update(b'' if self.cutoffs is None else f'cutoffs {self.cutoffs}'.encode())
     return digest.hexdigest()
-
-
-def visible(n: int, split: str) -> int:
-  """How many of a history's n events `split` may see, its target included (leave-one-out, method: Data).
-
-  visible(5, 'train') == 3, visible(5, 'validation') == 4, visible(5, 'test') == 5.
-  """
-  held_out = {'train': 2, 'validation': 1, 'test': 0}
-  if split not in held_out:
-    raise ValueError(f'split {split!r}: expected one of {list(held_out)}.')
-  return max(n - held_out[split], 0)
 
 
 def check_name(name: str) -> str:
@@ -101,7 +121,8 @@ def load(folder: str | os.PathLike) -> Histories:
   item_ids, fields = read_items(items, json_lines.BadLines(items, None), progress=False)
   reader = _SequenceReader(sequences, item_ids, json_lines.BadLines(sequences, None))
   reader.read(min_length=1, progress=False)
-  histories = reader.histories(description.get('name', folder.resolve().name), fields)
+  histories = dataclasses.replace(reader.histories(description.get('name', folder.resolve().name), fields),
+                                  cutoffs=_cutoffs(description, folder), options=description.get('options', {}))
   if description and histories.fingerprint != description.get('fingerprint'):
     raise UserError(f'{folder}: its content is not what its dataset.json describes (fingerprint); prepare it anew.')
   return histories
@@ -117,6 +138,13 @@ def _description(path: pathlib.Path) -> dict:
   if not isinstance(description, dict) or not isinstance(description.get('name'), str):
     raise UserError(f'{path}: describes no data set; prepare it anew.')
   return description
+
+
+def _cutoffs(description: dict, folder: pathlib.Path) -> tuple[int, int] | None:
+  cutoffs = description.get('cutoffs')
+  if cutoffs is not None and not (isinstance(cutoffs, list) and len(cutoffs) == 2 and all(map(_is_time, cutoffs))):
+    raise UserError(f'{folder / "dataset.json"}: "cutoffs" is {cutoffs!r}, where two times are expected; prepare it anew.')
+  return cutoffs and tuple(cutoffs)
 
 
 def find_file(folder: pathlib.Path, stem: str) -> pathlib.Path:
@@ -146,6 +174,7 @@ def write(scratch: str | os.PathLike, histories: Histories, description: dict) -
       'format': FORMAT,
       'name': histories.name,
       **description,
+      **({} if histories.cutoffs is None else {'cutoffs': list(histories.cutoffs)}),
       'statistics': describe.statistics(histories.items, histories.offsets, histories.events),
       'fingerprint': histories.fingerprint,
   }
@@ -323,3 +352,8 @@ class _SequenceReader:
 
 def _is_time(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def visible(n: int, split: str) -> int:
+  """Leave-one-out: how many of n events a split sees. Going away: use `Histories.seen(user, split)`."""
+  return max(n - _HELD_OUT[split], 0)

@@ -1,4 +1,4 @@
-"""A histories folder as a TFDS dataset: a thin view, one example a user, split by leave-one-out.
+"""A histories folder as a TFDS dataset: a thin view, one example a user and split.
 
   builder = PurchaseHistories(folder='data/scientific2018', data_dir='tfds')
   builder.download_and_prepare()  # reads the folder alone; nothing is downloaded
@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from calrec_jax.data import histories as histories_lib
-from calrec_jax.data.histories import FIELDS, Histories, visible
+from calrec_jax.data.histories import FIELDS, Histories
 
 SPLITS = ('train', 'validation', 'test')
 
@@ -24,10 +24,9 @@ def visible_histories(histories: Histories, split: str) -> Iterator[tuple[int, n
   Users of whom `split` sees fewer than two events have no target, and are left out.
   """
   for user in range(len(histories.user_ids)):
-    events = histories.history(user)
-    n = visible(len(events), split)
-    if n >= 2:
-      yield user, events[:n]
+    events = histories.seen(user, split)
+    if len(events) >= 2:
+      yield user, events
 
 
 class PurchaseHistories(tfds.core.GeneratorBasedBuilder):

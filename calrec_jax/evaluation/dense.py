@@ -13,5 +13,5 @@ def dense_metrics(embedded: Embedded) -> dict[str, float]:
   for source, items_T in embedded.items_T.items():
     of_it = embedded.sources_N == source
     counts = better_and_tied(embedded.users_ND[of_it], embedded.texts_TD, items_T, embedded.targets_N[of_it])
-    found.append(expected_metrics(*counts, recall_ks=(10,), ndcg_ks=(10,)))
+    found.append(expected_metrics(*counts, recall_ks=(10,), ndcg_ks=(10,), mrr_ks=()))
   return {name: float(np.concatenate([metrics[name] for metrics in found]).mean()) for name in ('recall@10', 'ndcg@10')}

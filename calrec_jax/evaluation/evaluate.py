@@ -6,18 +6,17 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import tqdm
 
 from calrec_jax import outputs
-from calrec_jax.data.histories import Histories, visible
+from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
-from calrec_jax.evaluation import protocols
 from calrec_jax.evaluation.baselines import last_item, popularity, transitions
 from calrec_jax.evaluation.examples import examples
 from calrec_jax.evaluation.generations import NAME as GENERATIONS
 from calrec_jax.evaluation.generations import Generation, read_generations, shares, split_of
-from calrec_jax.evaluation.metrics import expected_metrics
-from calrec_jax.evaluation.rankings import read_rankings, write_rankings
+from calrec_jax.evaluation.judging import Scorer, judge
+from calrec_jax.evaluation.protocols import MIN_HISTORY, Protocol
+from calrec_jax.evaluation.rankings import read_rankings
 from calrec_jax.ranking import catalogue as catalogues
 from calrec_jax.ranking.bm25 import LUCENE, Bm25, Bm25Options
 from calrec_jax.ranking.candidates import candidate_files, read_candidates
@@ -26,7 +25,6 @@ from calrec_jax.ranking.fusion import EPSILON, check_epsilon, quasi_round_robin
 from calrec_jax.ranking.order import Ranked
 from calrec_jax.text.templates import ItemTemplate
 
-Scorer = Callable[[int], np.ndarray]  # from a user's number to float64 [I]
 Oracle = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 # The methods in the order of the table, with their names there.
@@ -36,9 +34,13 @@ TITLES = {
   'dense': 'CALRec, dense',
   'likelihood': 'CALRec, likelihood',
   'fused': 'CALRec, fused',
-  'popularity': 'Popularity',
-  'last_item': 'Last item',
+  'sasrec': 'SASRec',
+  'item_knn': 'Item-KNN',
   'transitions': 'Item-to-item transitions',
+  'bm25_last': "BM25 of the last items' texts",
+  'last_item': 'Last item',
+  'recent_popularity': 'Recent popularity',
+  'popularity': 'Popularity',
   'ceiling': "Ceiling (the generator's own probabilities)",
 }
 COLUMNS = {'recall@1': 'Recall@1', 'recall@10': 'Recall@10', 'ndcg@10': 'NDCG@10', 'mrr': 'MRR'}
@@ -50,6 +52,9 @@ def evaluate(
   template: ItemTemplate,
   out: str | os.PathLike,
   split: str = 'test',
+  protocol: str = 'leave_one_out_full',
+  seen_items: str = 'kept',
+  min_history: int = MIN_HISTORY,
   generations: str | os.PathLike | None = None,
   oracle: Oracle | None = None,
   bm25: Bm25Options = LUCENE,
@@ -67,13 +72,13 @@ def evaluate(
     template: how items are written: the one that the texts were generated with.
     out: a folder that does not exist yet, or is empty.
     split: `test` or `validation`; the generations must be of the same.
+    protocol, seen_items, min_history, max_users: see `protocols.Protocol`.
     generations: the folder of `calrec infer` (or its file of texts); None leaves CALRec out. Each ranker whose candidates are
       there is judged too: what it did not list is below what it did, and tied.
     oracle: from the ids of a context's items and of all items to float [I], the true probabilities of the next item;
       the table's ceiling, which no method sees.
     bm25: which BM25 maps generated texts onto items.
     epsilon: weight of a text's log-probability, see `quasi_round_robin`.
-    max_users: if set, only the first so many users.
     n_examples: how many users `examples.txt` shows. They are chosen by a hash of their ids, not by their results.
 
   Raises:
@@ -81,10 +86,10 @@ def evaluate(
       `out` in use.
   """
   outputs.check_unused(out)
-  rules = protocols.protocol(split=split, max_users=max_users)
+  rules = Protocol(protocol, split, seen_items, min_history, max_users)
+  rules.rules(histories)  # does the data set fit?
   check_epsilon(epsilon)
-  users, n_short = evaluated_users(histories, max_users)
-  targets = [int(_visible_events(histories, user, split)[-1]) for user in users]
+  users, _ = rules.users(histories)
   catalogue = catalogues.from_histories(histories, template)
   texts_of, candidates = {}, {}
   if generations is not None:
@@ -102,31 +107,19 @@ def evaluate(
   if oracle is not None:
     scorers['ceiling'] = _oracle_scorer(histories, split, oracle)
 
-  result = {
-    'protocol': rules,
-    'data': {'name': histories.name, 'fingerprint': histories.fingerprint},
-    'users': len(users),
-    'too_short_users': n_short,
-    'items': len(catalogue),
-    'duplicate_texts': _duplicate_texts(catalogue, targets),
-    'ranking': {
-      'text': {'fields': list(template.fields), 'unknown': template.unknown},
-      'bm25': dataclasses.asdict(bm25),
-      'epsilon': epsilon,
-    },
-  }
-  if texts_of:
-    judged = (texts_of[histories.user_ids[user]] for user in users)
-    result['generations'] = shares(judged, frozenset(catalogue.texts))
   with outputs.new_folder(out) as folder:
-    result['methods'] = {}
-    for name, scorer in scorers.items():
-      path = folder / f'rankings-{name}.jsonl.gz'
-      better_U, tied_U = write_rankings(
-        path, scorer, users=tqdm.tqdm(users, desc=f'rank: {name}', unit=' users', mininterval=0.5),
-        user_ids=histories.user_ids, targets=targets, item_ids=catalogue.item_ids)
-      expected = expected_metrics(better_U, tied_U)
-      result['methods'][name] = {metric: float(value_U.mean()) for metric, value_U in expected.items()}
+    result = {
+      **judge(folder, scorers, histories, rules),
+      'duplicate_texts': _duplicate_texts(catalogue, [int(histories.seen(user, split)[-1]) for user in users]),
+      'ranking': {
+        'text': {'fields': list(template.fields), 'unknown': template.unknown},
+        'bm25': dataclasses.asdict(bm25),
+        'epsilon': epsilon,
+      },
+    }
+    if texts_of:
+      judged = (texts_of[histories.user_ids[user]] for user in users)
+      result['generations'] = shares(judged, frozenset(catalogue.texts))
     outputs.write_json(folder / 'metrics.json', result)
     if texts_of:
       lines = read_rankings(folder / 'rankings-calrec.jsonl.gz')
@@ -134,19 +127,6 @@ def evaluate(
       (folder / 'examples.txt').write_text(shown, encoding='utf-8')
       result['examples'] = shown
   return result
-
-
-def evaluated_users(histories: Histories, max_users: int | None = None) -> tuple[list[int], int]:
-  """(the numbers of the users that a protocol judges, how many are left out because their history is too short).
-
-  Raises UserError if none is left.
-  """
-  lengths_U = np.diff(histories.offsets)
-  users = np.flatnonzero(lengths_U >= protocols.MIN_HISTORY)
-  if not len(users):
-    raise UserError(f'data set {histories.name}: none of {len(lengths_U)} users has {protocols.MIN_HISTORY} events or '
-                    'more, so there is nobody to evaluate; use a larger data set.')
-  return users[:max_users].tolist(), len(lengths_U) - len(users)
 
 
 def calrec_scorer(
@@ -163,27 +143,24 @@ def calrec_scorer(
 
 
 def table(metrics: Mapping) -> str:
-  """The result of `evaluate` as a plain-text table, one method a row, CALRec first, the ceiling last."""
-  methods = metrics['methods']
+  """The result of `evaluate` as a plain-text table with 95 % intervals; a method a row, CALRec first, the ceiling last."""
+  methods, intervals = metrics['methods'], metrics['intervals']
   names = [name for name in TITLES if name in methods]
   width = max(len(TITLES[name]) for name in names)
-  rows = [' '.join([' ' * width, *(f'{title:>10}' for title in COLUMNS.values())])]
+  rows = [' '.join([' ' * width, *(f'{title:<21}' for title in COLUMNS.values())]).rstrip()]
   for name in names:
-    rows.append(' '.join([f'{TITLES[name]:<{width}}', *(f'{methods[name][column]:>10.4f}' for column in COLUMNS)]))
+    cells = (f'{methods[name][column]:.4f} [{low:.3f}, {high:.3f}]' for column in COLUMNS
+             for low, high in (intervals[name][column],))
+    rows.append(' '.join([f'{TITLES[name]:<{width}}', *cells]))
   rules = metrics['protocol']
   head = (f'{metrics["data"]["name"]}, {rules["split"]} split: {metrics["users"]} users, {metrics["items"]} items '
           f'(protocol {rules["name"]}, {rules["hash"]})')
   return '\n'.join([head, *rows]) + '\n'
 
 
-def _visible_events(histories: Histories, user: int, split: str) -> np.ndarray:
-  events = histories.history(user)
-  return events[:visible(len(events), split)]
-
-
 def _oracle_scorer(histories: Histories, split: str, oracle: Oracle) -> Scorer:
   def scores_I(user: int) -> np.ndarray:
-    context = _visible_events(histories, user, split)[:-1]
+    context = histories.seen(user, split)[:-1]
     return np.asarray(oracle([histories.item_ids[item] for item in context], histories.item_ids), np.float64)
 
   return scores_I

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 
-from calrec_jax.data.histories import Histories, visible
+from calrec_jax.data.histories import Histories
 from calrec_jax.evaluation.generations import Generation
 from calrec_jax.ranking.catalogue import Catalogue
 
@@ -37,8 +37,7 @@ def examples(
   drawn = sorted(lines, key=lambda line: hashlib.sha256(line['user_id'].encode()).digest())[:n_users]
   blocks = []
   for line in drawn:
-    events = histories.history(number_of[line['user_id']])
-    context = [histories.item_ids[item] for item in events[:visible(len(events), split) - 1]]
+    context = [histories.item_ids[item] for item in histories.seen(number_of[line['user_id']], split)[:-1]]
     n_earlier = max(len(context) - n_items, 0)
     generation = texts_of[line['user_id']]
     ranked = sorted(zip(generation.logprobs, generation.texts, strict=True), reverse=True)

@@ -82,4 +82,4 @@ def _ndcg(cases: Sequence[tuple], weights_R: np.ndarray) -> np.ndarray:
   places = [place(gains_CR @ weights_R, int(np.flatnonzero(items == target)[0])) if (items == target).any() else (10, 0)
             for items, gains_CR, target in cases]
   better_U, tied_U = np.asarray(places, np.int64).reshape(-1, 2).T
-  return expected_metrics(better_U, tied_U, recall_ks=(10,), ndcg_ks=(10,))['ndcg@10']
+  return expected_metrics(better_U, tied_U, recall_ks=(), ndcg_ks=(10,), mrr_ks=())['ndcg@10']

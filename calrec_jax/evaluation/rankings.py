@@ -14,9 +14,14 @@ from calrec_jax.ranking.order import tie_order, top_items
 TOP = 100
 
 
-def place(scores_I: np.ndarray, target: int) -> tuple[int, int]:
-  """(better, tied): how many items score strictly above the target, and how many others score exactly the same."""
+def place(scores_I: np.ndarray, target: int, candidates_I: np.ndarray | None = None) -> tuple[int, int]:
+  """(better, tied): how many items score strictly above the target, and how many others score exactly the same.
+
+  `candidates_I`: bool, the items that are counted, the target among them; None: all.
+  """
   score = scores_I[target]
+  if candidates_I is not None:
+    scores_I = scores_I[candidates_I]
   return int(np.count_nonzero(scores_I > score)), int(np.count_nonzero(scores_I == score)) - 1
 
 
@@ -39,8 +44,9 @@ def write_rankings(
   user_ids: Sequence[str],
   targets: Sequence[int],
   item_ids: Sequence[str],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Ranks all items for each user, and writes a line a user.
+  candidates: Callable[[int], np.ndarray | None] = lambda user: None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Ranks the candidates of each user, and writes a line a user.
 
   `{"user_id", "target": item id, "better", "tied", "top": [{"item_id", "score"}, ... 100]}`.
 
@@ -51,28 +57,31 @@ def write_rankings(
     user_ids: ids of all users.
     targets: item index of each of `users`.
     item_ids: ids of all items.
+    candidates: from a user's number to bool [I], the items that are ranked, the target among them; None: all.
 
   Returns:
-    (better_U, tied_U), int64, in the order of `users`.
+    (better_U, tied_U, tops_UK), int64, in the order of `users`; the last has the first items of each, -1 where there are fewer.
   """
   order_I = tie_order(item_ids)
   id_json = [json.dumps(item_id, ensure_ascii=False) for item_id in item_ids]
-  places = []
+  places, tops = [], []
   with gzip_writer(path) as file:
     for user, target in zip(users, targets, strict=True):
       scores_I = scorer(user)
       if scores_I.shape != order_I.shape or not np.isfinite(scores_I).all():
         raise ValueError(f'{path.stem}: expected {len(item_ids)} finite scores for user {user_ids[user]!r}.')
-      better, tied = place(scores_I, target)
+      candidates_I = candidates(user)
+      better, tied = place(scores_I, target, candidates_I)
       places.append((better, tied))
-      best = top_items(scores_I, order_I, TOP)
+      best = top_items(scores_I, order_I if candidates_I is None else order_I[candidates_I[order_I]], TOP)
+      tops.append(np.pad(best, (0, TOP - len(best)), constant_values=-1))
       pairs = zip(best.tolist(), scores_I[best].tolist(), strict=True)
       top = ', '.join(f'{{"item_id": {id_json[item]}, "score": {score!r}}}' for item, score in pairs)
       head = json.dumps({'user_id': user_ids[user], 'target': item_ids[target], 'better': better, 'tied': tied},
                         ensure_ascii=False)
       file.write(f'{head[:-1]}, "top": [{top}]}}\n')
   better_U, tied_U = np.array(places, np.int64).reshape(-1, 2).T
-  return better_U, tied_U
+  return better_U, tied_U, np.stack(tops) if tops else np.zeros((0, TOP), np.int64)
 
 
 def read_rankings(path: pathlib.Path) -> Iterator[dict]:

@@ -19,7 +19,7 @@ from orbax.checkpoint import multihost
 
 from calrec_jax import outputs
 from calrec_jax.data import json_lines
-from calrec_jax.data.histories import Histories, visible
+from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
 from calrec_jax.inference.noise import user_keys
 from calrec_jax.inference.partial import Partial, finished_rows, partial_file, partial_files
@@ -98,7 +98,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
       sample, decoder, params, n_samples=n_samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
       eos_id=vocabulary.eos_id, forbidden=forbidden_ids(vocabulary, decoder.config.vocab_size))
   prefixes = make_prefixes(vocabulary, item_tokens, max_item_tokens=max_item_tokens, max_length=max_prefix_length)
-  users = eligible_users(histories, max_users)
+  users = eligible_users(histories, split, max_users)
   contexts = [context(histories, user, split) for user in users]
   kept = [prefixes.newest(items) for items in contexts]
   batches = form_batches(np.asarray([length for _, length in kept]), users_per_batch=users_per_batch, bucket=bucket)
@@ -195,19 +195,17 @@ def check_options(options: Mapping[str, object]) -> None:
       raise UserError(f'{name} = {options[name]}: give at least 1.')
 
 
-def eligible_users(histories: Histories, max_users: int | None = None) -> list[int]:
-  """The numbers of the first `max_users` users that have a train, a validation and a test event."""
-  users = [user for user, n in enumerate(np.diff(histories.offsets).tolist()) if visible(n, 'train') > 0][:max_users]
+def eligible_users(histories: Histories, split: str, max_users: int | None = None) -> list[int]:
+  """The numbers of the first `max_users` users that have three events or more, and a target of the split."""
+  users = np.flatnonzero((np.diff(histories.offsets) >= 3) & (histories.visible(split) >= 2))[:max_users].tolist()
   if not users:
-    raise UserError(f'data set {histories.name}: no user has the three events that leave-one-out needs; use a larger '
-                    'one.')
+    raise UserError(f'data set {histories.name}: no user has three events and a target of the {split} split; use a larger one.')
   return users
 
 
 def context(histories: Histories, user: int, split: str) -> np.ndarray:
   """The items that may be read to predict the user's target of the split: int32, in time order."""
-  events = histories.history(user)
-  return events[:visible(len(events), split) - 1]
+  return histories.seen(user, split)[:-1]
 
 
 def default_max_new_tokens(item_tokens: ItemTokens, max_item_tokens: int) -> int:

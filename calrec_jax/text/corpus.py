@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import seqio
 
-from calrec_jax.data.histories import Histories, visible
+from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
 from calrec_jax.text.item_tokens import ItemTokens
 from calrec_jax.text.templates import FIRST, NEXT, ItemTemplate
@@ -64,7 +64,7 @@ class Corpus:
 
 def build_corpus(sources: Sequence[Source], *, template: ItemTemplate, vocabulary: seqio.Vocabulary, split: str,
                  max_item_tokens: int) -> Corpus:
-  """Joins the sources. `split` is train, validation or test (leave-one-out); the last visible item is a target."""
+  """Joins the sources. `split` is train, validation or test; the last visible item is a target."""
   texts: dict[str, int] = {}
   text_ids, starts, lengths, banks, events, user_ids, user_sources = [], [], [], [], [], [], []
   counts, n_items, n_tokens = [np.zeros(1, np.int64)], 0, 0
@@ -74,7 +74,7 @@ def build_corpus(sources: Sequence[Source], *, template: ItemTemplate, vocabular
     starts.append(table.offsets[:-1] + n_tokens)
     lengths.append(np.diff(table.offsets))
     banks.append(table.tokens)
-    seen = np.asarray([visible(int(n), split) for n in np.diff(histories.offsets)], np.int64).clip(0)
+    seen = histories.visible(split)
     ranks = np.arange(len(histories.events)) - np.repeat(histories.offsets[:-1], np.diff(histories.offsets))
     events.append(histories.events[ranks < np.repeat(seen, np.diff(histories.offsets))] + np.int64(n_items))
     counts.append(seen)

@@ -6,12 +6,15 @@ import json
 import os
 
 import duckdb
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
 from calrec_jax.data import describe, histories
 from calrec_jax.errors import UserError
 
+SPLITS = ('train', 'validation', 'test')
 ITEMS = [
     {'item_id': 'b', 'title': 'Tom &amp; Jerry\n', 'category': ['TV', 'Cartoons &amp; Co'], 'brand': None,
      'price': '$5.00'},
@@ -139,10 +142,26 @@ def test_the_fingerprint_tells_each_change_but_the_name(tmp_path):
 
 
 def test_leave_one_out():
-  assert [histories.visible(5, split) for split in ('train', 'validation', 'test')] == [3, 4, 5]
-  assert [histories.visible(1, split) for split in ('train', 'validation', 'test')] == [0, 0, 1]
+  data = histories.Histories('toy', ['long', 'short'], ['a'], [{}], np.array([0, 5, 6]), np.zeros(6, np.int32))
+  assert {split: data.visible(split).tolist() for split in SPLITS} == {'train': [3, 0], 'validation': [4, 0], 'test': [5, 1]}
+  assert len(data.seen(0, 'validation')) == 4
   with pytest.raises(ValueError, match="'tset'"):
-    histories.visible(5, 'tset')
+    data.visible('tset')
+
+
+@hypothesis.given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_a_split_by_time_sees_nothing_of_a_later_period(lengths, seed):
+  rng = np.random.default_rng(seed)
+  offsets = np.cumsum([0, *lengths])
+  times = np.concatenate([np.sort(rng.integers(0, 9, n)) for n in lengths]).astype(np.int64)
+  data = histories.Histories('toy', [str(n) for n in range(len(lengths))], [str(n) for n in range(offsets[-1])],
+                             [{}] * int(offsets[-1]), offsets, np.arange(offsets[-1], dtype=np.int32), times, cutoffs=(3, 6))
+  for user in range(len(lengths)):
+    events, periods = data.history(user), np.searchsorted([3, 6], times[offsets[user]:offsets[user + 1]], side='right')
+    assert data.seen(user, 'train').tolist() == events[periods == 0].tolist()
+    for period, split in ((1, 'validation'), (2, 'test')):
+      expected = [*events[periods < period], *events[periods == period][:1]] if (periods == period).any() else []
+      assert data.seen(user, split).tolist() == expected
 
 
 def test_whole_numbers_serve_as_ids(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from calrec_jax.data import histories as histories_lib
-from calrec_jax.data.histories import FIELDS, Histories, visible
+from calrec_jax.data.histories import FIELDS, Histories
 from calrec_jax.data.tfds_builder import SPLITS, PurchaseHistories, visible_histories
 from calrec_jax.errors import UserError
 
@@ -31,7 +31,7 @@ def test_each_user_with_a_target_is_seen_up_to_the_split(tmp_path):
     seen = dict(visible_histories(histories, split))
     assert list(seen) == users
     for user, events in seen.items():
-      np.testing.assert_array_equal(events, histories.history(user)[:visible(LENGTHS[user], split)])
+      np.testing.assert_array_equal(events, histories.seen(user, split))
 
 
 def test_the_dataset_holds_what_the_folder_holds(tmp_path, monkeypatch):

@@ -14,9 +14,9 @@ from calrec_jax.evaluation.metrics import expected_metrics, metric_names
 
 def at_rank(rank, name):
   metric, _, cut = name.partition('@')
-  if metric == 'mrr':
-    return 1 / rank
-  return 0 if rank > int(cut) else 1 if metric == 'recall' else 1 / math.log2(rank + 1)
+  if cut and rank > int(cut):
+    return 0
+  return {'recall': 1, 'ndcg': 1 / math.log2(rank + 1), 'mrr': 1 / rank}[metric]
 
 
 def mean_over_orders(scores, target, name):
@@ -39,7 +39,7 @@ def check_law(metrics_of, scores, target):
 
 
 def ours(better, tied):
-  small = expected_metrics([better], [tied], recall_ks=(1, 2, 3, 5, 10), ndcg_ks=(1, 2, 3, 5, 10))
+  small = expected_metrics([better], [tied], recall_ks=(1, 2, 3, 5, 10), ndcg_ks=(1, 2, 3, 5, 10), mrr_ks=(1, 3, 5))
   return {name: value[0] for name, value in small.items()}
 
 
@@ -117,7 +117,7 @@ def test_scoring_all_items_the_same_is_worth_a_random_order():
 
 def test_names_are_those_of_the_values():
   assert metric_names() == list(expected_metrics([0], [0]))
-  assert {'recall@1', 'recall@10', 'ndcg@10', 'mrr'} <= set(metric_names())
+  assert {'recall@1', 'recall@10', 'ndcg@1', 'ndcg@10', 'mrr@10', 'mrr'} <= set(metric_names())
 
 
 def test_no_users():

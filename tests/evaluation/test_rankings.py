@@ -40,7 +40,8 @@ def write(path, scorer, item_ids=ITEM_IDS):
 
 def test_lines_are_as_promised(tmp_path):
   path = tmp_path / 'rankings-x.jsonl.gz'
-  better_U, tied_U = write(path, lambda user: np.arange(9.0) if user else np.ones(9))
+  better_U, tied_U, tops_UK = write(path, lambda user: np.arange(9.0) if user else np.ones(9))
+  assert tops_UK[0].tolist() == [*range(8, -1, -1), *[-1] * 91]
   assert better_U.tolist() == [6, 0] and tied_U.tolist() == [0, 8]
   first, second = read_rankings(path)
   assert first == {'user_id': 'b', 'target': 'i2', 'better': 6, 'tied': 0,
@@ -61,6 +62,14 @@ def test_equal_rankings_are_equal_bytes(tmp_path):
   for name in ('a.gz', 'b.gz'):
     write(tmp_path / name, lambda user: np.arange(9.0))
   assert (tmp_path / 'a.gz').read_bytes() == (tmp_path / 'b.gz').read_bytes()
+
+
+def test_only_candidates_are_counted_and_listed(tmp_path):
+  allowed = {1: np.isin(np.arange(9), [0, 2, 7]), 0: None}
+  found = write_rankings(tmp_path / 'r.gz', lambda user: np.arange(9.0), users=[1, 0], user_ids=['a', 'b'], targets=[2, 2],
+                         item_ids=ITEM_IDS, candidates=allowed.get)
+  assert found[0].tolist() == [1, 6] and found[2][0].tolist()[:4] == [7, 2, 0, -1]
+  assert [entry['item_id'] for entry in next(read_rankings(tmp_path / 'r.gz'))['top']] == ['i7', 'i2', 'i0']
 
 
 @pytest.mark.parametrize('scores_I', [np.full(9, np.nan), np.zeros(8), np.array([np.inf] + [0.0] * 8)])

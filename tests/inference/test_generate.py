@@ -238,7 +238,7 @@ def test_an_id_0_that_is_not_padding_may_be_sampled():
     ({'top_p': 1.5}, 'top_p = 1.5'), ({'n_samples': 0}, 'n_samples = 0'),
     ({'max_new_tokens': 0}, 'max_new_tokens = 0'), ({'users_per_batch': 0}, 'users_per_batch = 0'),
     ({'max_users': 0}, 'max_users = 0'), ({'bucket': 0}, 'bucket = 0'), ({'max_item_tokens': 0}, 'max_item_tokens = 0'),
-    ({'max_prefix_length': 2}, 'max_prefix_length = 2'), ({'histories': shop(('short',))}, 'no user has the three'),
+    ({'max_prefix_length': 2}, 'max_prefix_length = 2'), ({'histories': shop(('short',))}, 'no user has three'),
     ({'decoder': Decoder(DecoderConfig(vocab_size=9))}, 'the model 9')])
 def test_bad_input_is_named_and_leaves_nothing(tmp_path, wrong, named):
   with pytest.raises(UserError, match=named):

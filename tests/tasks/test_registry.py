@@ -5,7 +5,7 @@ import pytest
 import seqio
 
 from calrec_jax.data import histories as histories_lib
-from calrec_jax.data.histories import Histories, visible
+from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
 from calrec_jax.tasks import registry
 from calrec_jax.tasks.categories import CATEGORIES
@@ -59,7 +59,7 @@ def _expected(data: Histories, folder, split: str, targets: str) -> list[dict]:
   prompts = prompt_tokens(VOCABULARY)
   rows = []
   for user in range(len(data.user_ids)):
-    events = data.history(user)[:visible(len(data.history(user)), split)]
+    events = data.seen(user, split)
     ends = range(2, len(events) + 1) if targets == 'all' and split == 'train' else [len(events)]
     for end in ends if len(events) > 1 else []:
       inputs, text = text_pair([TEMPLATE.item_text(data.items[i]) for i in events[:end]])

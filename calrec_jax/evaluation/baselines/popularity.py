@@ -4,20 +4,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from calrec_jax.data.histories import Histories, visible
+from calrec_jax.data.histories import Histories
 
 
 def train_counts(histories: Histories) -> np.ndarray:
-  """int64 [I]: events of each item in the train parts (each history without its last two events)."""
+  """int64 [I]: events of each item in the train parts."""
   return np.bincount(histories.events[in_train(histories)], minlength=len(histories.item_ids))
 
 
 def in_train(histories: Histories) -> np.ndarray:
   """bool, like `events`: whether the event is in its history's train part."""
   lengths_U = np.diff(histories.offsets)
-  train_U = np.array([visible(length, 'train') for length in lengths_U.tolist()], np.int64)
   position = np.arange(len(histories.events)) - np.repeat(histories.offsets[:-1], lengths_U)
-  return position < np.repeat(train_U, lengths_U)
+  return position < np.repeat(histories.visible('train'), lengths_U)
 
 
 def scorer(histories: Histories, split: str) -> Callable[[int], np.ndarray]:

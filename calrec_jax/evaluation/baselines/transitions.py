@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.sparse
 
-from calrec_jax.data.histories import Histories, visible
+from calrec_jax.data.histories import Histories
 from calrec_jax.evaluation.baselines import popularity
 
 
@@ -33,8 +33,7 @@ def scorer(histories: Histories, split: str) -> Callable[[int], np.ndarray]:
   tie_breaker_I = popularity_I / (popularity_I.max(initial=0) + 1)
 
   def scores_I(user: int) -> np.ndarray:
-    events = histories.history(user)
-    last = events[visible(len(events), split) - 2]
+    last = histories.seen(user, split)[-2]
     scores = tie_breaker_I.copy()
     row = slice(*counts_II.indptr[last:last + 2])
     scores[counts_II.indices[row]] += counts_II.data[row]
