@@ -94,7 +94,7 @@ def _prepare_dumps(options: argparse.Namespace) -> Outcome:
   from calrec_jax.data import amazon, describe
   description = amazon.prepare_dumps(
       options.reviews, options.meta, name=options.name, out=options.out, min_count=options.min_count,
-      min_length=options.min_length, max_bad_lines=options.max_bad_lines)
+      min_length=options.min_length, max_bad_lines=options.max_bad_lines, ties=options.ties, split=options.split)
   return description, describe.format_description(description)
 
 
@@ -102,7 +102,7 @@ def _prepare_histories(options: argparse.Namespace) -> Outcome:
   from calrec_jax.data import describe, histories
   description = histories.prepare(
       options.sequences, options.items, name=options.name, out=options.out, min_length=options.min_length,
-      max_bad_lines=options.max_bad_lines)
+      max_bad_lines=options.max_bad_lines, ties=options.ties, split=options.split)
   return description, describe.format_description(description)
 
 
@@ -390,6 +390,9 @@ def _prepared(verb: argparse.ArgumentParser) -> None:
   verb.add_argument('--out', required=True, help='histories folder to write; let it be DATA_DIR/NAME')
   verb.add_argument('--min_length', type=int, default=3, help='shorter histories are dropped (default %(default)s)')
   verb.add_argument('--max_bad_lines', type=int, default=0, help='broken lines that are passed over (default %(default)s)')
+  verb.add_argument('--ties', default='dump', help='order of events of one time: dump, or hashed (default %(default)s)')
+  verb.add_argument('--split', default='leave_one_out', help='leave_one_out, or time: 80 %% of the events to train on, 10 %% '
+                    'to validate, 10 %% to test (default %(default)s)')
 
 
 def _positive(text: str) -> int:

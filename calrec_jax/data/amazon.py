@@ -3,7 +3,7 @@
 The steps, in this order (method: Data):
   1. The events as published: one a line of the review files; a review published twice is two events.
   2. Iterative k-core: users and items with fewer than `min_count` events go, until none is left to go.
-  3. A user's events are ordered by (time, line); several files count as one, in the order given.
+  3. A user's events are ordered by (time, line), or (time, hash, line); several files count as one, in the order given.
   4. Of consecutive events of one user with one item the first stays.
   5. Histories shorter than `min_length` go.
   6. Items: those that a history holds, by id. Of an item's lines in the metadata the first with a usable title counts
@@ -25,20 +25,20 @@ import numpy as np
 import tqdm
 
 from calrec_jax import outputs
-from calrec_jax.data import cleaning, histories, json_lines
+from calrec_jax.data import cleaning, histories, json_lines, time_order
 from calrec_jax.errors import UserError
 
 _REVIEW_FIELDS = ('reviewerID', 'asin', 'unixReviewTime')
 _META_FIELDS = ('asin', 'title', 'category', 'brand', 'price')
 _IDS = ('reviewerID', 'asin')
-_EVENT_ORDER = 'time, line'
+_EVENT_ORDERS = {'dump': 'time, line', 'hashed': 'time, tie, line'}
 _CLEANERS = {'title': cleaning.clean_text, 'category': cleaning.clean_category, 'brand': cleaning.clean_brand,
              'price': cleaning.clean_price}
 
 
 def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.PathLike] = (), *, name: str,
                   out: str | os.PathLike, min_count: int = 5, min_length: int = 3, max_bad_lines: int = 0,
-                  progress: bool = True) -> dict:
+                  ties: str = 'dump', split: str = 'leave_one_out', progress: bool = True) -> dict:
   """Makes the histories folder `out` from review files and, if there are any, metadata files.
 
   Args:
@@ -49,6 +49,8 @@ def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.
     min_count: the k of the k-core, in events.
     min_length: shorter histories are dropped and counted.
     max_bad_lines: lines of each file that may be broken: no JSON object, or one without the fields it must have.
+    ties: the order of a user's events of one time: `dump`, that of the lines, as the literature has it; or `hashed`.
+    split: `leave_one_out`, or `time`: see `time_order.cutoffs`.
     progress: whether to show progress on stderr.
 
   Returns:
@@ -58,6 +60,7 @@ def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.
     UserError: bad input, nothing left, or `out` in use.
   """
   histories.check_name(name)
+  time_order.check_options(ties, split)
   if not reviews:
     raise UserError('No review file is given; name at least one.')
   with outputs.new_folder(out) as scratch, tempfile.TemporaryDirectory(dir=scratch) as work:
@@ -67,15 +70,17 @@ def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.
       connection.execute('SET preserve_insertion_order = true')
       dumps = _Dumps(connection, pathlib.Path(work), max_bad_lines, bar)
       dumps.read_reviews(reviews)
-      steps = _filter(connection, bar, min_count=min_count, min_length=min_length, n_bad=dumps.n_bad)
+      steps = _filter(connection, bar, min_count=min_count, min_length=min_length, ties=ties, n_bad=dumps.n_bad)
       arrays = _arrays(connection)
       bar.update()
       items, metadata = dumps.read_items(meta, arrays['item_ids'])
       data = histories.Histories(name, arrays['user_ids'], arrays['item_ids'], items, arrays['offsets'],
-                                 arrays['events'], arrays['timestamps'])
+                                 arrays['events'], arrays['timestamps'],
+                                 time_order.cutoffs(arrays['timestamps'], name) if split == 'time' else None)
     return histories.write(scratch, data, {
         'sources': [source.description() for source in dumps.sources],
-        'options': {'min_count': min_count, 'min_length': min_length, 'max_bad_lines': max_bad_lines},
+        'options': {'min_count': min_count, 'min_length': min_length, 'max_bad_lines': max_bad_lines, 'ties': ties,
+                    'split': split, 'repeats': 'consecutive ones dropped'},
         'steps': steps,
         'bad_lines': dumps.n_bad,
         **({'metadata': metadata} if meta else {}),
@@ -200,8 +205,8 @@ def _is_id(value: str) -> bool:
   return bool(value) and not re.search('[\0\ud800-\udfff]', value)
 
 
-def _filter(connection: duckdb.DuckDBPyConnection, bar: tqdm.tqdm, *, min_count: int, min_length: int, n_bad: int
-            ) -> list[dict]:
+def _filter(connection: duckdb.DuckDBPyConnection, bar: tqdm.tqdm, *, min_count: int, min_length: int, ties: str,
+            n_bad: int) -> list[dict]:
   """Filters the table events down to the histories, in the table histories(user, item, time, rank).
 
   Returns what each step left and dropped. Raises UserError, naming the step, when nothing is left.
@@ -220,7 +225,7 @@ def _filter(connection: duckdb.DuckDBPyConnection, bar: tqdm.tqdm, *, min_count:
   _k_core(connection, min_count)
   count(f'k-core, at least {min_count} events', 'events', 'give a smaller --min_count, or more reviews')
   bar.update()
-  _drop_repeats(connection)
+  _drop_repeats(connection, ties)
   count('consecutive duplicates', 'histories', 'a bug')
   connection.execute(f"""
       DELETE FROM histories
@@ -243,12 +248,15 @@ def _k_core(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
           AND item IN (SELECT item FROM events GROUP BY item HAVING count(*) >= {int(min_count)})""")
 
 
-def _drop_repeats(connection: duckdb.DuckDBPyConnection) -> None:
+def _drop_repeats(connection: duckdb.DuckDBPyConnection, ties: str) -> None:
   """Makes histories(user, item, time, rank): a user's events in order, without consecutive ones of one item."""
+  events = 'events' if ties == 'dump' else f"""(
+      SELECT events.*, {time_order.SQL_TIE_HASH.format(user='users.id', item='items.id')} AS tie
+      FROM events JOIN users ON user = users.code JOIN items ON item = items.code)"""
   connection.execute(f"""
       CREATE TABLE histories AS SELECT user, item, time, rank FROM (
         SELECT *, row_number() OVER history AS rank, lag(item) OVER history AS previous
-        FROM events WINDOW history AS (PARTITION BY user ORDER BY {_EVENT_ORDER}))
+        FROM {events} WINDOW history AS (PARTITION BY user ORDER BY {_EVENT_ORDERS[ties]}))
       WHERE previous IS DISTINCT FROM item""")
 
 

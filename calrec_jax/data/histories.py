@@ -22,7 +22,7 @@ import duckdb
 import numpy as np
 
 from calrec_jax import outputs
-from calrec_jax.data import cleaning, describe, json_lines
+from calrec_jax.data import cleaning, describe, json_lines, time_order
 from calrec_jax.errors import UserError
 
 FIELDS = describe.FIELDS
@@ -191,12 +191,13 @@ def _sequence_rows(histories: Histories) -> Iterator[dict]:
 
 
 def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str, out: str | os.PathLike,
-            min_length: int = 3, max_bad_lines: int = 0, progress: bool = True) -> dict:
+            min_length: int = 3, max_bad_lines: int = 0, ties: str = 'dump', split: str = 'leave_one_out', progress: bool = True
+            ) -> dict:
   """Makes a histories folder from ready sequences: checks them, cleans the items' texts, drops short histories.
 
-  The histories are taken as they are: in the file's order of users, repeats kept, an item in no history kept. Texts
-  are only made one line of plain text (`cleaning.plain_text`: entities, white space); tags in them stay. A category may
-  be a text or a list of levels, which are joined with ', '.
+  The histories are taken as they are: in the file's order of users, repeats kept, an item in no history kept. Texts are only
+  made one line of plain text (`cleaning.plain_text`: entities, white space); tags in them stay. A category may be a text or a
+  list of levels, which are joined with ', '.
 
   Args:
     sequences: JSON lines (gzipped or not) or .parquet, as in this module's docstring.
@@ -205,6 +206,8 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
     out: the new folder.
     min_length: shorter histories are dropped and counted.
     max_bad_lines: lines of each file that may be broken (no JSON object, a field missing or of a wrong type).
+    ties: the order of a user's events of one time: `dump`, the file's; or `hashed`, see `time_order`.
+    split: `leave_one_out`, or `time`: see `time_order.cutoffs`.
     progress: whether to show progress on stderr.
 
   Returns:
@@ -214,6 +217,7 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
     UserError: bad input, nothing left, or `out` in use.
   """
   check_name(name)
+  time_order.check_options(ties, split)
   with outputs.new_folder(out) as scratch:
     bad_items = json_lines.BadLines(items, max_bad_lines)
     bad_sequences = json_lines.BadLines(sequences, max_bad_lines)
@@ -221,10 +225,14 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
     reader = _SequenceReader(pathlib.Path(sequences), item_ids, bad_sequences)
     reader.read(min_length=min_length, progress=progress)
     histories = reader.histories(name, fields)
+    if ties == 'hashed':
+      histories = _in_hashed_order(histories)
+    if split == 'time':
+      histories = dataclasses.replace(histories, cutoffs=time_order.cutoffs(histories.timestamps, name))
     kept = {'events': len(histories.events), 'users': len(histories.user_ids), 'items': len(item_ids)}
     description = {
         'sources': [_source(path, progress=progress) for path in (sequences, items)],
-        'options': {'min_length': min_length, 'max_bad_lines': max_bad_lines},
+        'options': {'min_length': min_length, 'max_bad_lines': max_bad_lines, 'ties': ties, 'split': split, 'repeats': 'kept'},
         'steps': [
             {'step': 'read', 'dropped': 0, 'events': kept['events'] + reader.short_events,
              'users': kept['users'] + reader.short_users, 'items': len(item_ids)},
@@ -233,6 +241,17 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
         'bad_lines': {'sequences': bad_sequences.count, 'items': bad_items.count},
     }
     return write(scratch, histories, description)
+
+
+def _in_hashed_order(histories: Histories) -> Histories:
+  """The events of each user by (time, hash). Raises UserError where there are no times."""
+  if histories.timestamps is None:
+    raise UserError(f'{histories.name}: has no timestamps, so which events are of one time is not known; use --ties dump.')
+  users_E = np.repeat(np.arange(len(histories.user_ids)), np.diff(histories.offsets))
+  hashes = [time_order.tie_hash(histories.user_ids[user], histories.item_ids[item])
+            for user, item in zip(users_E.tolist(), histories.events.tolist(), strict=True)]
+  order_E = np.lexsort((np.arange(len(users_E)), np.array(hashes), histories.timestamps, users_E))
+  return dataclasses.replace(histories, events=histories.events[order_E])
 
 
 def _rows(path: pathlib.Path, bad: json_lines.BadLines, *, progress: bool) -> Iterator[tuple[int, dict]]:

@@ -2,6 +2,7 @@
 
 import collections
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from calrec_jax.data import amazon, describe, histories
+from calrec_jax.data import amazon, describe, histories, time_order
 from calrec_jax.errors import UserError
 
 
-def plain_histories(paths, *, min_count, min_length):
+def plain_histories(paths, *, min_count, min_length, ties='dump'):
   """The law's other side: {user: [(item, time), …]}, written as one would say it."""
   events = []
   for path in paths:
@@ -37,7 +38,9 @@ def plain_histories(paths, *, min_count, min_length):
       break
     events = kept
   of_user = collections.defaultdict(list)
-  for user, item, time in sorted(events, key=lambda event: event[2]):  # stable: ties stay in the order of the lines
+  def order(event):  # stable: ties stay in the order of the lines
+    return event[2], hashlib.md5(f'{event[0]}\n{event[1]}'.encode()).hexdigest()[:16] if ties == 'hashed' else ''
+  for user, item, time in sorted(events, key=order):
     if not of_user[user] or of_user[user][-1][0] != item:
       of_user[user].append((item, time))
   return {user: history for user, history in sorted(of_user.items()) if len(history) >= min_length}
@@ -50,11 +53,12 @@ def as_plain(data):
           for user, user_id in enumerate(data.user_ids)}
 
 
-def check_law(paths, *, min_count=5, min_length=3, max_bad_lines=0):
+def check_law(paths, *, min_count=5, min_length=3, max_bad_lines=0, ties='dump'):
   """Asserts law 11 on these review files."""
-  expected = plain_histories(paths, min_count=min_count, min_length=min_length)
+  expected = plain_histories(paths, min_count=min_count, min_length=min_length, ties=ties)
   with tempfile.TemporaryDirectory() as folder:
-    options = {'min_count': min_count, 'min_length': min_length, 'max_bad_lines': max_bad_lines, 'progress': False}
+    options = {'min_count': min_count, 'min_length': min_length, 'max_bad_lines': max_bad_lines, 'ties': ties,
+               'progress': False}
     if not expected:
       with pytest.raises(UserError, match='Nothing is left'):
         amazon.prepare_dumps(paths, name='law', out=f'{folder}/out', **options)
@@ -94,9 +98,10 @@ def random_dump(seed, *, n_events=600, n_users=40, n_items=25, n_days=6):
 REAL = ['Gift_Cards', 'Magazine_Subscriptions', 'All_Beauty']
 
 
+@pytest.mark.parametrize('ties', time_order.TIES)
 @pytest.mark.parametrize('name', REAL)
-def test_law_11_on_real_dumps(real_data, name):
-  check_law([real_data / f'amazon2018_raw/{name}_5.json.gz'])
+def test_law_11_on_real_dumps(real_data, name, ties):
+  check_law([real_data / f'amazon2018_raw/{name}_5.json.gz'], ties=ties)
 
 
 @pytest.mark.parametrize('min_count, min_length', [(5, 3), (1, 1), (8, 6), (60, 3)])
@@ -104,7 +109,7 @@ def test_law_11_on_random_dumps(tmp_path, min_count, min_length):
   one = write_lines(tmp_path / 'one.json.gz', random_dump(0))
   two = write_lines(tmp_path / 'two.json', random_dump(1, n_events=200))
   check_law([one, two], min_count=min_count, min_length=min_length)
-  check_law([two, one], min_count=min_count, min_length=min_length)
+  check_law([two, one], min_count=min_count, min_length=min_length, ties='hashed')
 
 
 IDS = strategies.sampled_from(['a', 'b', 'B', 'é', 'e\u0301', '\U0001f381', '\uffee', ' ', '"', "'", '\\u0000', 'a\nb'])
@@ -118,17 +123,18 @@ ODD = strategies.sampled_from([
 
 @hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(strategies.lists(ROWS, max_size=40), strategies.lists(ODD, max_size=3), strategies.integers(1, 3),
-                  strategies.integers(1, 3), strategies.randoms(use_true_random=False))
-def test_law_11_on_any_small_dump(rows, odd, min_count, min_length, random):
+                  strategies.integers(1, 3), strategies.sampled_from(time_order.TIES),
+                  strategies.randoms(use_true_random=False))
+def test_law_11_on_any_small_dump(rows, odd, min_count, min_length, ties, random):
   rows = rows + odd
   random.shuffle(rows)
   with tempfile.TemporaryDirectory() as folder:
     path = write_lines(pathlib.Path(folder) / 'x.json.gz', rows)
-    check_law([path], min_count=min_count, min_length=min_length, max_bad_lines=100)
+    check_law([path], min_count=min_count, min_length=min_length, max_bad_lines=100, ties=ties)
 
 
 def ties_by_item(monkeypatch):
-  monkeypatch.setattr(amazon, '_EVENT_ORDER', 'time, item')
+  monkeypatch.setitem(amazon._EVENT_ORDERS, 'dump', 'time, item')
 
 
 def repeats_dropped_before_the_k_core(monkeypatch):
@@ -153,7 +159,7 @@ def one_round_of_the_k_core(monkeypatch):
 
 
 def all_repeats_dropped(monkeypatch):
-  def mutant(connection):
+  def mutant(connection, ties):
     connection.execute("""
         CREATE TABLE histories AS SELECT user, item, min(time) AS time, min(time) AS rank FROM events
         GROUP BY user, item""")
@@ -284,7 +290,8 @@ def test_the_description_counts_each_step(tmp_path):
       {'step': 'consecutive duplicates', 'dropped': 7, 'events': 26, 'users': 6, 'items': 5},
       {'step': 'histories shorter than 3', 'dropped': 1, 'events': 25, 'users': 5, 'items': 5}]
   assert description['bad_lines'] == 1
-  assert description['options'] == {'min_count': 5, 'min_length': 3, 'max_bad_lines': 1}
+  assert description['options'] == {'min_count': 5, 'min_length': 3, 'max_bad_lines': 1, 'ties': 'dump',
+                                    'split': 'leave_one_out', 'repeats': 'consecutive ones dropped'}
   assert description['sources'][0]['file'] == 'x.json' and description['sources'][0]['lines'] == 35
   assert description == json.loads((tmp_path / 'out/dataset.json').read_text())
   assert str(tmp_path) not in json.dumps(description)
@@ -385,3 +392,39 @@ def test_real_dumps_are_described(real_data, tmp_path):
   assert set(stats['All_Beauty']['unknown'].values()) == {1}
   assert {name: (s['users'], s['items'], s['events']) for name, s in stats.items()} == {
       'Gift_Cards': (456, 147, 2956), 'Magazine_Subscriptions': (326, 138, 2192), 'All_Beauty': (949, 47, 3978)}
+
+
+def later_ids(data):
+  """The share of neighbours of one time and of different items in which the later one has the greater id."""
+  own = np.diff(np.repeat(np.arange(len(data.user_ids)), np.diff(data.offsets))) == 0
+  tied = own & (np.diff(data.timestamps) == 0) & (np.diff(data.events) != 0)
+  return (np.diff(data.events)[tied] > 0).mean()
+
+
+def test_hashed_ties_say_nothing_of_the_ids(real_data, tmp_path):
+  path = real_data / 'amazon2018_raw/Gift_Cards_5.json.gz'
+  for ties in time_order.TIES:
+    amazon.prepare_dumps([path], name=ties, out=tmp_path / ties, ties=ties)
+  dump, hashed = (histories.load(tmp_path / ties) for ties in time_order.TIES)
+  assert later_ids(dump) > 0.85 and abs(later_ids(hashed) - 0.5) < 0.05
+  assert hashed.options['ties'] == 'hashed' and hashed.fingerprint != dump.fingerprint
+
+
+def test_a_split_by_time_is_kept_and_enters_the_fingerprint(tmp_path):
+  path = write_lines(tmp_path / 'x.json', random_dump(0, n_days=100))
+  for split in time_order.SPLITS:
+    amazon.prepare_dumps([path], name='x', out=tmp_path / split, split=split)
+  plain, timed = (histories.load(tmp_path / split) for split in time_order.SPLITS)
+  assert plain.cutoffs is None and plain.fingerprint != timed.fingerprint
+  validation, test = timed.cutoffs
+  assert 0.75 < (timed.timestamps < validation).mean() <= 0.8 and 0.85 < (timed.timestamps < test).mean() <= 0.9
+
+
+@pytest.mark.parametrize(('options', 'told'), [
+  ({'ties': 'by_id'}, 'hashed'), ({'split': 'random'}, 'leave_one_out'), ({'split': 'time', 'min_count': 1}, 'three periods'),
+])
+def test_unknown_orders_and_splits(tmp_path, options, told):
+  path = write_lines(tmp_path / 'x.json', random_dump(0, n_days=1))
+  with pytest.raises(UserError, match=told):
+    amazon.prepare_dumps([path], name='x', out=tmp_path / 'out', **options)
+  assert not (tmp_path / 'out').exists()

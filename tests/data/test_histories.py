@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from calrec_jax.data import describe, histories
+from calrec_jax.data import describe, histories, time_order
 from calrec_jax.errors import UserError
 
 SPLITS = ('train', 'validation', 'test')
@@ -162,6 +162,17 @@ def test_a_split_by_time_sees_nothing_of_a_later_period(lengths, seed):
     for period, split in ((1, 'validation'), (2, 'test')):
       expected = [*events[periods < period], *events[periods == period][:1]] if (periods == period).any() else []
       assert data.seen(user, split).tolist() == expected
+
+
+def test_hashed_ties_are_those_of_the_dumps_and_need_times(tmp_path):
+  prepare(tmp_path, ties='hashed')
+  data = histories.load(tmp_path / 'out')
+  order = sorted('bä', key=lambda item: time_order.tie_hash('u2', item))
+  assert [data.item_ids[item] for item in data.history(0)] == [*order, 'b', 'c']
+  (tmp_path / 'none').mkdir()
+  for options in ({'ties': 'hashed'}, {'split': 'time'}):
+    with pytest.raises(UserError, match='no timestamps'):
+      prepare(tmp_path / 'none', [{'user_id': 'u', 'item_ids': ['b', 'c', 'b']}], **options)
 
 
 def test_whole_numbers_serve_as_ids(tmp_path):
