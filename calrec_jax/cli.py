@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from calrec_jax import evaluation_verbs
 from calrec_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -340,6 +341,7 @@ def parser() -> argparse.ArgumentParser:
       verb.add_argument('--profile', action='store_true', help='trace three steps for TensorBoard, into MODEL_DIR/profile')
 
   _ranking_verbs(verbs)
+  evaluation_verbs.add(verbs, _verb, _positive, GIN_HELP)
   verb = _verb(verbs, 'score', _score, "show a text's tokens and their log-probabilities, to see that an import is right",
                "calrec score --checkpoint runs/smollm2 --text 'The capital of France is Paris.'")
   verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import transformers
 
-from calrec_jax import cli
+from calrec_jax import ablations, cli
 from calrec_jax.evaluation.metrics import expected_metrics
 from calrec_jax.text.templates import ItemTemplate
 from calrec_jax.text.vocabularies import template_phrases, train_vocabulary
@@ -142,9 +142,14 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
       'train': ['--gin.TRAIN_STEPS=2', '--gin.BATCH_SIZE=8', "--gin.TASK_FEATURE_LENGTHS={'inputs': 96, 'targets': 32}",
                 '--gin.rows.window_steps=4', *tiny.gin(tiny.DECODER_GIN)],
       'infer': tiny.gin(['sample.max_users=8', 'sample.n_samples=2', 'sample.max_new_tokens=4']),
-      'evaluate': tiny.gin(['ranking.max_users=8'])}
+      'evaluate': tiny.gin(['ranking.max_users=8']),
+      'baselines': ['--max_users', '8']}
+  small['ablate'] = ['--seeds', '1', *(option for verb in ('train', 'infer', 'evaluate') for option in small[verb])]
+  monkeypatch.setattr(ablations.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(
+      command, cli.main(command[3:])))
   commands = readme_commands('calrec')
-  verbs = {'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export'}
+  verbs = {'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export',
+           'baselines', 'compare', 'ablate'}
   assert {command[0] for command in commands} == verbs
   for command in commands:
     if command[0] == 'import':

@@ -12,12 +12,15 @@ import time
 import pretrained_models
 import pytest
 import tiny
+import toy_corpus
 
 from calrec_jax import cli, outputs
 from calrec_jax.errors import UserError
+from calrec_jax.evaluation.evaluate import evaluate
+from calrec_jax.text.templates import ItemTemplate
 
 VERBS = [['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'], ['vocabulary'], ['import'], ['train'],
-         ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'], ['export']]
+         ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'], ['export'], ['baselines'], ['compare'], ['ablate']]
 REVIEW = {'reviewerID': 'u', 'asin': 'a', 'unixReviewTime': 1, 'overall': 5.0}
 
 
@@ -331,3 +334,14 @@ def test_outputs_appear_whole_or_not_at_all(tmp_path):
   (tmp_path / 'blocked').write_text('a file')
   with pytest.raises(UserError, match='cannot be written'), outputs.new_folder(tmp_path / 'blocked/out'):
     pass
+
+
+def test_compare_is_a_table_or_json_or_one_line(tmp_path, capsys):
+  histories = toy_corpus.toy_source([[item] for item in range(6)], [[0, 1, 2, 3], [1, 2, 3, 4], [2, 4, 5, 1]]).histories
+  evaluate(histories=histories, template=ItemTemplate(fields=('title',)), out=tmp_path / 'run')
+  assert cli.main(['compare', str(tmp_path / 'run')]) == 0
+  assert 'difference to the best' in capsys.readouterr().out
+  assert cli.main(['compare', str(tmp_path / 'run'), '--baseline', 'popularity', '--metrics', 'mrr', '--json']) == 0
+  assert json.loads(capsys.readouterr().out)['baseline'] == 'popularity'
+  refused(capsys, ['compare', tmp_path / 'none'], 'none', 'no such folder')
+  refused(capsys, ['compare', tmp_path / 'run', '--resamples', '0'], '--resamples', 'above 0')

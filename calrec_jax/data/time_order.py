@@ -1,6 +1,6 @@
 """Order in time, and splits by it: what stands first where times are equal, and when the test period begins.
 
-Days are the unit of time in many dumps, so ties are the rule. Amazon's dumps list reviews by product: events of one day then lie
+Days are the unit of time in many dumps, so ties are the rule. Amazon's dumps list reviews by product: events of one day lie
 in the order of their item ids, and the last item, the target, tells itself by its id. A hash tells nothing.
 """
 

@@ -24,8 +24,8 @@ def judge(folder: pathlib.Path, scorers: Mapping[str, Scorer], histories: Histor
   """Writes `rankings-<method>.jsonl.gz` of each method into an existing folder; returns what was measured, as JSON.
 
   Returns:
-    `protocol`, `data`, `users`, `too_short_users`, `items`; `methods`: the mean of each metric; `intervals`: the 95 % interval of
-    some, by a bootstrap over users; `lists`: see `beyond_accuracy`; `slices`: see `slices.sliced`.
+    `protocol`, `data`, `users`, `too_short_users`, `items`; `methods`: the mean of each metric; `intervals`: the 95 % interval
+    of some, by a bootstrap over users; `lists`: see `beyond_accuracy`; `slices`: see `slices.sliced`.
 
   Raises:
     UserError: nobody to evaluate, or a data set of another split.

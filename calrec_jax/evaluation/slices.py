@@ -11,6 +11,7 @@ from calrec_jax.evaluation.baselines.popularity import train_counts
 LENGTHS = (1, 3, 5, 10, 20)  # where the groups of history lengths begin
 COUNTS = (0, 1, 5, 20, 100)  # and those of the target's events in the train parts
 CATEGORIES = 10
+ONE = 0.9  # a level at which so many items have one category does not divide them
 METRICS = ('recall@10', 'ndcg@10')
 
 
@@ -36,11 +37,12 @@ def groups(histories: Histories, split: str, users: Sequence[int]) -> dict[str, 
 
 
 def broad_categories(categories: Sequence[str]) -> list[str]:
-  """Of categories like 'Office, Paper, Labels' the first level that is not the same for all; `unknown` for none."""
+  """Of categories like 'Office, Paper, Labels' the first level that is not the same for 9 in 10; `unknown` for none."""
   levels = [[level.strip() for level in category.split(',')] if category else [] for category in categories]
   known = [each for each in levels if each]
+  at = lambda depth: [each[min(depth, len(each) - 1)] for each in known]
   depth = next((depth for depth in range(max(map(len, known), default=0))
-                if len({each[depth] if depth < len(each) else each[-1] for each in known}) > 1), 0)
+                if Counter(at(depth)).most_common(1)[0][1] < ONE * len(known)), 0)
   return [each[min(depth, len(each) - 1)] if each else 'unknown' for each in levels]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import types
 
 import numpy as np
 import pytest
