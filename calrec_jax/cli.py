@@ -8,11 +8,10 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calrec_jax import evaluation_verbs
+from calrec_jax import evaluation_verbs, quiet_tensorflow
 from calrec_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -27,7 +26,7 @@ has quotes of its own: --gin.MODEL_DIR='"runs/stage1"'.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs a command line; returns the exit code: 0 done, 2 wrong input (one line on stderr)."""
+  """Runs a command line; returns the exit code: 0 done, 1 a serious finding (`audit`), 2 wrong input (one line on stderr)."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   bindings = [a.removeprefix('--gin.') for a in arguments if a.startswith('--gin.')]
   options = parser().parse_args([a for a in arguments if not a.startswith('--gin.')])
@@ -66,19 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130
   if options.json or text:
     print(json.dumps(result, ensure_ascii=False) if options.json else text)
-  return 0
-
-
-def _import_tensorflow() -> None:
-  """Imports what SeqIO will need, without the lines that TensorFlow's C++ writes to stderr before it reads any log level."""
-  with tempfile.TemporaryFile() as unread:
-    stderr = os.dup(2)
-    os.dup2(unread.fileno(), 2)
-    try:
-      import seqio  # noqa: F401
-    finally:
-      os.dup2(stderr, 2)
-      os.close(stderr)
+  return getattr(options, 'code', 0)
 
 
 Outcome = tuple[Any, str]  # what --json prints, what is printed else
@@ -108,7 +95,7 @@ def _prepare_histories(options: argparse.Namespace) -> Outcome:
 
 
 def _vocabulary(options: argparse.Namespace) -> Outcome:
-  _import_tensorflow()
+  quiet_tensorflow.load()
   from calrec_jax.data import histories
   from calrec_jax.text import vocabularies
   from calrec_jax.text.templates import FIELDS, ItemTemplate
@@ -123,7 +110,7 @@ def _vocabulary(options: argparse.Namespace) -> Outcome:
 
 
 def _import(options: argparse.Namespace) -> Outcome:
-  _import_tensorflow()
+  quiet_tensorflow.load()
   from calrec_jax.pretrained import importing
   report = importing.import_model(options.source, options.out, dtype=options.dtype, eos_token=options.eos_token,
                                   bos_token=options.bos_token)
@@ -138,7 +125,7 @@ def _import(options: argparse.Namespace) -> Outcome:
 
 
 def _export(options: argparse.Namespace) -> Outcome:
-  _import_tensorflow()
+  quiet_tensorflow.load()
   from calrec_jax.pretrained import exporting
   report = exporting.export_model(options.checkpoint, options.out, metrics=options.metrics)
   return report, (f'Wrote {report["out"]}: {report["architecture"]}, {report["parameters"]:,} parameters of {report["dtype"]} '
@@ -146,7 +133,7 @@ def _export(options: argparse.Namespace) -> Outcome:
 
 
 def _score(options: argparse.Namespace) -> Outcome:
-  _import_tensorflow()
+  quiet_tensorflow.load()
   from calrec_jax.inference import loading, score
   report = score.score_text(loading.load(options.checkpoint), options.text)
   rows = zip(report['token_ids'], report['tokens'], report['logprobs'], strict=True)
@@ -156,7 +143,7 @@ def _score(options: argparse.Namespace) -> Outcome:
 
 
 def _index(options: argparse.Namespace) -> Outcome:
-  _import_tensorflow()
+  quiet_tensorflow.load()
   from calrec_jax.inference import loading
   from calrec_jax.outputs import check_unused
   from calrec_jax.ranking import index
@@ -170,7 +157,7 @@ def _index(options: argparse.Namespace) -> Outcome:
 
 
 def _recommend(options: argparse.Namespace) -> Outcome:
-  _import_tensorflow()
+  quiet_tensorflow.load()
   from calrec_jax.inference import loading
   from calrec_jax.ranking import index, rankers
   from calrec_jax.ranking.recommender import Filters, Recommender
@@ -242,7 +229,7 @@ def _configured(verb: str) -> Callable[[argparse.Namespace], Any]:
     if os.environ.get('CALREC_DISTRIBUTED') == '1':  # one of several workers, each with some of the devices
       from calrec_jax.training import preemption
       preemption.join_processes()
-    _import_tensorflow()
+    quiet_tensorflow.load()
     from calrec_jax import configurables
     configurables.parse(options.gin_file, options.gin_search_paths.split(',') if options.gin_search_paths else [],
                         options.bindings)

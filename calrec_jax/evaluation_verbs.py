@@ -1,9 +1,10 @@
-"""The verbs that compare and judge: `calrec baselines`, `compare`, `ablate`. As in `cli.py`, imports are late."""
+"""The verbs that compare and judge: `calrec baselines`, `compare`, `audit`, `ablate`. As in `cli.py`, imports are late."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
+from calrec_jax import quiet_tensorflow
 from calrec_jax.errors import UserError
 
 Outcome = tuple[Any, str]  # what --json prints, what is printed else
@@ -40,6 +41,14 @@ def _ablate(options: argparse.Namespace) -> Outcome:
   return result, table(result)
 
 
+def _audit(options: argparse.Namespace) -> Outcome:
+  quiet_tensorflow.load()
+  from calrec_jax.evaluation.audit import audit, findings
+  result = audit.audit(options.dataset, options.runs, checkpoint=options.checkpoint)
+  options.code = int(result['serious'] > 0)
+  return result, findings.as_text(result)
+
+
 def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Callable[[str], int], gin_help: str) -> None:
   """Adds the verbs to a command line.
 
@@ -73,6 +82,13 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--baseline', metavar='NAME', help='method to which the others are compared (default: the best)')
   verb.add_argument('--resamples', type=positive, default=10_000, help='of the users (default %(default)s)')
   verb.add_argument('--seed', type=int, default=0, help='of the resamples (default %(default)s)')
+  verb = make(verbs, 'audit', _audit, 'look for leaks: what a data set, or a run on it, lets a model know of held-out events',
+              'calrec audit data/gift_cards runs/evaluate --checkpoint runs/stage2',
+              more='exit code: 1 if a finding is serious, 0 if none is, 2 for wrong input.\n')
+  verb.add_argument('dataset', metavar='DATASET', help='histories folder that models are judged on')
+  verb.add_argument('runs', nargs='*', metavar='RUN', help='training runs, outputs of infer and evaluate, indexes, or other '
+                    'histories folders; those that their records lead to are audited too')
+  verb.add_argument('--checkpoint', help="MODEL_DIR, or the folder of one step: a few users' texts are scored anew with it")
   verb = make(verbs, 'ablate', _ablate, 'train, infer and evaluate a run and changed copies of it, over seeds, into one table',
                "calrec ablate --gin_file=gin/models/tiny.gin --gin_file=gin/runs/stage2.gin --over gin/ablations/no_*.gin \\\n"
                "      --task gift_cards --out runs/ablation --seeds 3 --gin.DATA_DIR='\"data\"' ...", more=gin_help)

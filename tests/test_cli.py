@@ -20,7 +20,8 @@ from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.text.templates import ItemTemplate
 
 VERBS = [['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'], ['vocabulary'], ['import'], ['train'],
-         ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'], ['export'], ['baselines'], ['compare'], ['ablate']]
+         ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'], ['export'], ['baselines'], ['compare'], ['ablate'],
+         ['audit']]
 REVIEW = {'reviewerID': 'u', 'asin': 'a', 'unixReviewTime': 1, 'overall': 5.0}
 
 
@@ -345,3 +346,17 @@ def test_compare_is_a_table_or_json_or_one_line(tmp_path, capsys):
   assert json.loads(capsys.readouterr().out)['baseline'] == 'popularity'
   refused(capsys, ['compare', tmp_path / 'none'], 'none', 'no such folder')
   refused(capsys, ['compare', tmp_path / 'run', '--resamples', '0'], '--resamples', 'above 0')
+
+
+def test_audit_says_by_its_exit_code_whether_a_finding_is_serious(tmp_path, capsys):
+  leaking = [REVIEW | {'reviewerID': f'u{user}', 'asin': f'a{(user + item) % 9}', 'unixReviewTime': 1}
+             for user in range(90) for item in range(5)]
+  rows = sorted(leaking, key=lambda row: row['asin'])  # a dump that lists reviews by product, all of one day
+  for ties, code in (('dump', 1), ('hashed', 0)):
+    dump = write_lines(tmp_path / 'x.json.gz', rows)
+    prepared = ['prepare', 'dumps', '--reviews', dump, '--name', ties, '--out', tmp_path / ties, '--ties', ties]
+    assert cli.main([str(argument) for argument in prepared]) == 0
+    capsys.readouterr()
+    assert cli.main(['audit', str(tmp_path / ties), '--json']) == code
+    assert bool(json.loads(capsys.readouterr().out)['serious']) == bool(code)
+  refused(capsys, ['audit', tmp_path / 'none'], 'none', 'no such folder')
