@@ -371,8 +371,3 @@ class _SequenceReader:
 
 def _is_time(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def visible(n: int, split: str) -> int:
-  """Leave-one-out: how many of n events a split sees. Going away: use `Histories.seen(user, split)`."""
-  return max(n - _HELD_OUT[split], 0)
