@@ -1,4 +1,4 @@
-"""The verbs that compare and judge: `calrec baselines`, `compare`, `audit`, `ablate`. As in `cli.py`, imports are late."""
+"""The verbs that judge: `calrec baselines`, `compare`, `audit`, `report`, `ablate`. As in `cli.py`, imports are late."""
 
 import argparse
 from collections.abc import Callable
@@ -49,6 +49,15 @@ def _audit(options: argparse.Namespace) -> Outcome:
   return result, findings.as_text(result)
 
 
+def _report(options: argparse.Namespace) -> Outcome:
+  if options.data:
+    quiet_tensorflow.load()  # which the audit imports
+  from calrec_jax.evaluation.report.report import report
+  result = report(options.runs, options.out, data=options.data, n_examples=options.examples)
+  told = f'Wrote {result["out"]}: {result["methods"]} methods, {result["examples"]} of {result["users"]} users in full.'
+  return result, '\n'.join([told, *(f'note: {note}' for note in result['notes'])])
+
+
 def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Callable[[str], int], gin_help: str) -> None:
   """Adds the verbs to a command line.
 
@@ -89,6 +98,12 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('runs', nargs='*', metavar='RUN', help='training runs, outputs of infer and evaluate, indexes, or other '
                     'histories folders; those that their records lead to are audited too')
   verb.add_argument('--checkpoint', help="MODEL_DIR, or the folder of one step: a few users' texts are scored anew with it")
+  verb = make(verbs, 'report', _report, 'show evaluations and training runs as one HTML file',
+              'calrec report runs/evaluate runs/stage2 --data data/gift_cards --out report.html')
+  verb.add_argument('runs', nargs='+', metavar='RUN', help='[NAME=]FOLDER: what evaluate, baselines or train wrote')
+  verb.add_argument('--out', required=True, metavar='FILE', help='HTML file to write')
+  verb.add_argument('--data', metavar='DIR', help='histories folder of the evaluations: for titles, histories and the audit')
+  verb.add_argument('--examples', type=int, default=200, metavar='N', help='users shown in full (default %(default)s)')
   verb = make(verbs, 'ablate', _ablate, 'train, infer and evaluate a run and changed copies of it, over seeds, into one table',
                "calrec ablate --gin_file=gin/models/tiny.gin --gin_file=gin/runs/stage2.gin --over gin/ablations/no_*.gin \\\n"
                "      --task gift_cards --out runs/ablation --seeds 3 --gin.DATA_DIR='\"data\"' ...", more=gin_help)

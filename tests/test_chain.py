@@ -149,7 +149,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
       command, cli.main(command[3:])))
   commands = readme_commands('calrec')
   verbs = {'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export',
-           'baselines', 'compare', 'audit', 'ablate'}
+           'baselines', 'compare', 'audit', 'report', 'ablate'}
   assert {command[0] for command in commands} == verbs
   for command in commands:
     if command[0] == 'import':

@@ -33,7 +33,8 @@ def _build(folder: pathlib.Path, mutate=lambda setup: setup) -> pathlib.Path:
 
 
 def _wanted() -> set[str]:
-  files = [*(ROOT / 'calrec_jax').rglob('*.py'), ROOT / 'calrec_jax/py.typed']
+  files = [*(path for kind in ('py', 'css', 'js') for path in (ROOT / 'calrec_jax').rglob(f'*.{kind}')),
+           ROOT / 'calrec_jax/py.typed']
   gin = {f'calrec_jax/{path.relative_to(ROOT).as_posix()}' for path in (ROOT / 'gin').rglob('*.gin')}
   return {path.relative_to(ROOT).as_posix() for path in files} | gin
 

@@ -1,0 +1,1 @@
+"""One HTML file that shows evaluations: numbers, curves, lists, examples, rules, origin."""
