@@ -13,6 +13,7 @@ from typing import Any
 
 from calrec_jax import evaluation_verbs, quiet_tensorflow
 from calrec_jax.errors import UserError
+from calrec_jax.evaluation_verbs import Outcome
 
 DESCRIPTION = """\
 CALRec in JAX: finetune a pretrained decoder so that it writes the next item a shopper will buy, then find that item in the
@@ -66,9 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if options.json or text:
     print(json.dumps(result, ensure_ascii=False) if options.json else text)
   return getattr(options, 'code', 0)
-
-
-Outcome = tuple[Any, str]  # what --json prints, what is printed else
 
 
 def _synthesize(options: argparse.Namespace) -> Outcome:

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: they are written beside their place, then renamed into it."""
+"""Outputs appear whole or not at all: they are written beside their place, then renamed into it. JSON objects are read back."""
 
 import contextlib
 import json
@@ -61,3 +61,14 @@ def write_json(out: str | os.PathLike, value: object) -> None:
   """Writes `value` as indented JSON, whole or not at all."""
   with new_file(out) as scratch:
     scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def read_object(path: pathlib.Path) -> dict:
+  """The JSON object in a file. Raises UserError if there is none."""
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f'{path}: cannot be read as JSON ({" ".join(str(error).split())[:100]}); restore the file.') from error
+  if not isinstance(found, dict):
+    raise UserError(f'{path}: a JSON {type(found).__name__}, where an object is expected; restore the file.')
+  return found

@@ -33,6 +33,11 @@ def write(folder: str | os.PathLike, *, gin_text: str, **facts: object) -> None:
   outputs.write_json(folder / 'run.json', {'command': sys.argv, 'versions': versions(), **facts})
 
 
+def places(folder: pathlib.Path, named: str) -> list[pathlib.Path]:
+  """Where a path that a record in `folder` names may lie: from the working folder, then from each folder above the record."""
+  return [pathlib.Path(named), *(parent / named for parent in folder.absolute().parents)]
+
+
 def write_scalars(folder: str | os.PathLike, scalars: Mapping[str, float]) -> None:
   """Writes numbers as TensorBoard events of step 0, for the jobs that have no steps."""
   from clu import metric_writers  # imports TensorFlow: only when there is something to write

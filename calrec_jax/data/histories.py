@@ -65,6 +65,16 @@ class Histories:
     """What `split` may see of a user's history, its target at the end: int32, a view; empty without a target."""
     return self.history(user)[:self.visible(split)[user]]
 
+  @property
+  def event_users(self) -> np.ndarray:
+    """int64, like `events`: the number of the user whose event it is."""
+    return np.repeat(np.arange(len(self.user_ids)), np.diff(self.offsets))
+
+  def among_first(self, counts_U: np.ndarray) -> np.ndarray:
+    """bool, like `events`: whether an event is among the first so many of its history."""
+    places_E = np.arange(len(self.events)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+    return places_E < np.repeat(counts_U, np.diff(self.offsets))
+
   def visible(self, split: str) -> np.ndarray:
     """How many events of each history `split` may see, its target included: int64 [U], not to be changed.
 
@@ -81,8 +91,8 @@ class Histories:
     lengths_U = np.diff(self.offsets).astype(np.int64)
     if self.cutoffs is None:
       return {split: np.maximum(lengths_U - held_out, 0) for split, held_out in _HELD_OUT.items()}
-    users_E = np.repeat(np.arange(len(lengths_U)), lengths_U)
-    before_U, until_U = (np.bincount(users_E[self.timestamps < time], minlength=len(lengths_U)) for time in self.cutoffs)
+    users_E, n_users = self.event_users, len(self.user_ids)
+    before_U, until_U = (np.bincount(users_E[self.timestamps < time], minlength=n_users) for time in self.cutoffs)
     return {'train': before_U, 'validation': np.where(before_U < until_U, before_U + 1, 0),
             'test': np.where(until_U < lengths_U, until_U + 1, 0)}
 
@@ -247,7 +257,7 @@ def _in_hashed_order(histories: Histories) -> Histories:
   """The events of each user by (time, hash). Raises UserError where there are no times."""
   if histories.timestamps is None:
     raise UserError(f'{histories.name}: has no timestamps, so which events are of one time is not known; use --ties dump.')
-  users_E = np.repeat(np.arange(len(histories.user_ids)), np.diff(histories.offsets))
+  users_E = histories.event_users
   hashes = [time_order.tie_hash(histories.user_ids[user], histories.item_ids[item])
             for user, item in zip(users_E.tolist(), histories.events.tolist(), strict=True)]
   order_E = np.lexsort((np.arange(len(users_E)), np.array(hashes), histories.timestamps, users_E))

@@ -1,12 +1,12 @@
 """Some users in full, for the eye: history, generated texts, top items, truth."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
 
 from calrec_jax.data.histories import Histories
 from calrec_jax.evaluation.generations import Generation
 from calrec_jax.ranking.catalogue import Catalogue
+from calrec_jax.ranking.order import id_hash
 
 
 def examples(
@@ -34,7 +34,7 @@ def examples(
   """
   number_of = {user_id: user for user, user_id in enumerate(histories.user_ids)}
   title_of = dict(zip(catalogue.item_ids, map(_title, histories.items, catalogue.texts), strict=True))
-  drawn = sorted(lines, key=lambda line: hashlib.sha256(line['user_id'].encode()).digest())[:n_users]
+  drawn = sorted(lines, key=lambda line: id_hash(line['user_id']))[:n_users]
   blocks = []
   for line in drawn:
     context = [histories.item_ids[item] for item in histories.seen(number_of[line['user_id']], split)[:-1]]

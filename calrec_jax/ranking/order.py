@@ -20,13 +20,18 @@ class Ranked:
   scores: np.ndarray
 
 
+def id_hash(each: str) -> bytes:
+  """The SHA-256 of an id: a key to sort by that says nothing of what the id names, nor of any result."""
+  return hashlib.sha256(each.encode('utf-8', 'surrogatepass')).digest()
+
+
 def tie_order(item_ids: Sequence[str]) -> np.ndarray:
   """int64 [I]: the item indices in the order in which tied items are listed, that of the SHA-256 of their ids.
 
   The order of a catalogue may say something of its items (age, category); this one does not. It only orders the lists
   in the rankings: no metric depends on it.
   """
-  hashes = [hashlib.sha256(item_id.encode()).digest() for item_id in item_ids]
+  hashes = [id_hash(item_id) for item_id in item_ids]
   return np.array(sorted(range(len(hashes)), key=hashes.__getitem__), np.int64)
 
 

@@ -75,8 +75,7 @@ def build_corpus(sources: Sequence[Source], *, template: ItemTemplate, vocabular
     lengths.append(np.diff(table.offsets))
     banks.append(table.tokens)
     seen = histories.visible(split)
-    ranks = np.arange(len(histories.events)) - np.repeat(histories.offsets[:-1], np.diff(histories.offsets))
-    events.append(histories.events[ranks < np.repeat(seen, np.diff(histories.offsets))] + np.int64(n_items))
+    events.append(histories.events[histories.among_first(seen)] + np.int64(n_items))
     counts.append(seen)
     user_ids += histories.user_ids
     user_sources.append(np.full(len(seen), number))

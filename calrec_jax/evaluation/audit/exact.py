@@ -1,6 +1,5 @@
 """Generated texts whose log-probabilities are not those that the checkpoint gives them after the user's own history."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -15,6 +14,7 @@ from calrec_jax.inference.generate import context, padded, prefill
 from calrec_jax.inference.likelihood import log_likelihoods
 from calrec_jax.inference.loading import Loaded
 from calrec_jax.inference.prefixes import Prefixes, make_prefixes
+from calrec_jax.ranking.order import id_hash
 from calrec_jax.text.item_tokens import item_tokens
 
 CHECK = 'log-probabilities of generations'
@@ -45,7 +45,7 @@ def check_exact(dataset: Histories, folder: Folder, loaded: Loaded, *, n_users: 
   number_of = {user_id: user for user, user_id in enumerate(dataset.user_ids)}
   generations = {number_of[user_id]: each for user_id, each in read_generations(folder.path).items()
                  if user_id in number_of and seen_U[number_of[user_id]] >= 2}
-  drawn = sorted(generations, key=lambda user: hashlib.sha256(dataset.user_ids[user].encode()).digest())
+  drawn = sorted(generations, key=lambda user: id_hash(dataset.user_ids[user]))
   candidates = {}
   for user in drawn:
     if len(candidates) == n_users:

@@ -2,13 +2,13 @@
 
 import ast
 import dataclasses
-import json
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from calrec_jax import outputs, provenance
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.generations import NAME as GENERATIONS
 from calrec_jax.ranking.candidates import candidate_files
@@ -57,7 +57,7 @@ def open_folder(path: str | os.PathLike) -> Folder:
                     '`calrec evaluate` wrote.')
   if kind in (HISTORIES, INDEX):
     return Folder(path, kind)
-  record = _object(path / 'run.json') if (path / 'run.json').exists() else {}
+  record = outputs.read_object(path / 'run.json') if (path / 'run.json').exists() else {}
   data, split, protocol = record.get('data'), None, {}
   if kind == TRAINING:
     data = checkpoints.find(path).description['data'] if data is None else data  # None: an imported model
@@ -67,7 +67,7 @@ def open_folder(path: str | os.PathLike) -> Folder:
     split = report.get('split') if isinstance(report, dict) else None
     named = {'checkpoint': record.get('checkpoint')}
   else:
-    measured = _object(path / 'metrics.json')
+    measured = outputs.read_object(path / 'metrics.json')
     protocol, told = measured.get('protocol'), measured.get('data')
     if not isinstance(protocol, dict) or protocol.get('split') not in _SPLITS or not _is_texts(told, ('name', 'fingerprint')):
       raise UserError(f'{path / "metrics.json"}: names no protocol with a split, or no data set; make it anew with '
@@ -124,17 +124,6 @@ def _model_dir(path: pathlib.Path) -> pathlib.Path:
   return path.parent if path.is_file() and path.name == GENERATIONS else path
 
 
-def _object(path: pathlib.Path) -> dict:
-  """The JSON object in a file. Raises UserError if there is none."""
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f'{path}: cannot be read as JSON ({" ".join(str(error).split())[:100]}); restore the file.') from error
-  if not isinstance(found, dict):
-    raise UserError(f'{path}: a JSON {type(found).__name__}, where an object is expected; restore the file.')
-  return found
-
-
 def _is_texts(value: object, keys: tuple[str, ...]) -> bool:
   """Whether it is an object of texts that has these keys."""
   return isinstance(value, dict) and set(keys) <= value.keys() and all(isinstance(each, str) for each in value.values())
@@ -161,13 +150,12 @@ def _gin_values(path: pathlib.Path, names: tuple[str, ...]) -> dict[str, object]
 
 
 def _resolved(folder: pathlib.Path, named: Mapping[str, object]) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
-  """(links that exist, links that do not). A relative one is looked for from the working folder, then from above `folder`."""
+  """(links that exist, links that do not)."""
   links, lost = {}, {}
   for name, value in named.items():
     if not isinstance(value, str) or not value:
       continue
-    places = [pathlib.Path(value), *(parent / value for parent in folder.absolute().parents)]
-    there = next((place for place in places if _model_dir(place).exists()), None)
+    there = next((place for place in provenance.places(folder, value) if _model_dir(place).exists()), None)
     if there is None:
       lost[name] = value
     else:

@@ -33,11 +33,6 @@ def targets(histories: Histories, split: str) -> Targets:
   return Targets(users_H, places_H, histories.events[places_H])
 
 
-def event_users(histories: Histories) -> np.ndarray:
-  """int64 [E], the user of each event."""
-  return np.repeat(np.arange(len(histories.user_ids)), np.diff(histories.offsets))
-
-
 def numbered(ids: list[str], known: list[str]) -> np.ndarray:
   """int64, the number that each id has among the known ones; -1 if none."""
   number_of = {each: number for number, each in enumerate(known)}

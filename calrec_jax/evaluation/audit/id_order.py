@@ -7,7 +7,6 @@ import scipy.stats
 
 from calrec_jax.data.histories import Histories
 from calrec_jax.evaluation.audit.findings import NOTE, SERIOUS, Finding, finding, item_label, user_label
-from calrec_jax.evaluation.audit.held_out import event_users
 
 CHECK = 'order of ids'
 P_VALUE = 1e-6
@@ -22,7 +21,7 @@ def check_id_order(dataset: Histories) -> Iterator[Finding]:
   timestamps, only those of one time: there the order is somebody's choice. Where there are none, all last two are; newer items
   often have greater ids, and that is no leak. So that is a note, and has the share among near ids too, where age says little.
   """
-  places = np.flatnonzero(np.diff(event_users(dataset)) == 0) + 1
+  places = np.flatnonzero(np.diff(dataset.event_users) == 0) + 1
   is_last = np.isin(places, dataset.offsets[1:] - 1)
   if dataset.timestamps is None:
     yield from _finding(dataset, places[is_last], "users' last two events")
@@ -64,7 +63,7 @@ def _finding(dataset: Histories, places: np.ndarray, what: str) -> Iterator[Find
               'with `--ties hashed`.')
   probability = f'p = {p_value:.0e}' if p_value > 1e-300 else 'p < 1e-300'
   follows_P = greater_P if share > 0.5 else ~greater_P
-  users_E = event_users(dataset)
+  users_E = dataset.event_users
   yield finding(
       CHECK, NOTE if dataset.timestamps is None else SERIOUS,
       f'in {share:.1%} of {len(greater_P)} {what} in {dataset.name} the later item has the greater id, where '

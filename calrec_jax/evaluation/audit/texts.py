@@ -7,7 +7,7 @@ import numpy as np
 
 from calrec_jax.data.histories import FIELDS, Histories
 from calrec_jax.evaluation.audit.findings import NOTE, Finding, finding, item_label, user_label
-from calrec_jax.evaluation.audit.held_out import event_users, targets
+from calrec_jax.evaluation.audit.held_out import targets
 
 CHECK = 'targets whose text is in the prompt'
 NEAR = 0.9  # Jaccard similarity of two items' sets of words, from which on their texts are nearly equal
@@ -49,7 +49,7 @@ def _context_pairs(dataset: Histories, places_H: np.ndarray, users_H: np.ndarray
   """(items before the targets, of which target: its place in H), each of them int64 [pairs]."""
   target_U = np.full(len(dataset.user_ids), -1)
   target_U[users_H] = np.arange(len(users_H))
-  users_E = event_users(dataset)
+  users_E = dataset.event_users
   end_U = np.zeros(len(dataset.user_ids), np.int64)
   end_U[users_H] = places_H
   before = np.arange(len(dataset.events)) < end_U[users_E]

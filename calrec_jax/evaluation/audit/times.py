@@ -6,7 +6,7 @@ import numpy as np
 
 from calrec_jax.data.histories import Histories
 from calrec_jax.evaluation.audit.findings import NOTE, SERIOUS, Finding, finding, item_label, user_label
-from calrec_jax.evaluation.audit.held_out import event_users, targets
+from calrec_jax.evaluation.audit.held_out import targets
 from calrec_jax.evaluation.baselines.popularity import in_train, train_counts
 
 ORDER, FUTURE = 'order of time', 'items of the future'
@@ -20,7 +20,7 @@ def check_order(dataset: Histories) -> Iterator[Finding]:
   """Finds histories in which an event is earlier than the one before it."""
   if dataset.timestamps is None or len(dataset.events) < 2:
     return
-  users_E = event_users(dataset)
+  users_E = dataset.event_users
   back = np.flatnonzero((np.diff(dataset.timestamps) < 0) & (users_E[1:] == users_E[:-1])) + 1
   if len(back):
     users, firsts = np.unique(users_E[back], return_index=True)

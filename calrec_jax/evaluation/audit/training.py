@@ -13,7 +13,7 @@ from calrec_jax.data.histories import Histories
 from calrec_jax.data.tfds_builder import visible_histories
 from calrec_jax.evaluation.audit.findings import NOTE, SERIOUS, Finding, finding, item_label, user_label
 from calrec_jax.evaluation.audit.folders import HISTORIES, TRAINING, Folder
-from calrec_jax.evaluation.audit.held_out import SPLITS, event_users, numbered, targets
+from calrec_jax.evaluation.audit.held_out import SPLITS, numbered, targets
 from calrec_jax.evaluation.baselines.popularity import in_train
 from calrec_jax.text.corpus import Source, build_corpus
 from calrec_jax.text.item_tokens import ItemTokens
@@ -87,16 +87,14 @@ def check_training(dataset: Histories, trained: TrainedOn) -> Iterator[Finding]:
   An item that is in the user's own train part of `dataset` too is passed over: it may be bought again.
   """
   data = trained.histories
-  shown_U = shown_in_training(data)
-  shown_E = np.arange(len(data.events)) - np.repeat(data.offsets[:-1], np.diff(data.offsets)) < np.repeat(
-      shown_U, np.diff(data.offsets))
+  shown_E = data.among_first(shown_in_training(data))
   n_items = len(dataset.item_ids)
-  users_E = numbered(data.user_ids, dataset.user_ids)[event_users(data)[shown_E]]
+  users_E = numbered(data.user_ids, dataset.user_ids)[data.event_users[shown_E]]
   items_E = numbered(data.item_ids, dataset.item_ids)[data.events[shown_E]]
   known_E = (users_E >= 0) & (items_E >= 0)
   codes_E = users_E * n_items + items_E
   own = in_train(dataset)
-  own_codes = event_users(dataset)[own] * n_items + dataset.events[own]
+  own_codes = dataset.event_users[own] * n_items + dataset.events[own]
   for split in SPLITS:
     held = targets(dataset, split)
     codes_H = held.users_H * n_items + held.items_H

@@ -81,7 +81,7 @@ def _beginnings(dataset: Histories) -> dict[int, list[int]]:
   """For each user of whom there is one: the other users whose history begins with the user's."""
   lengths_U = np.diff(dataset.offsets)
   hashes_E = _prefix_hashes(dataset)
-  users_E = np.repeat(np.arange(len(lengths_U)), lengths_U)
+  users_E = dataset.event_users
   long_U = np.flatnonzero(lengths_U >= MIN_LENGTH)
   whole_L = hashes_E[dataset.offsets[1:][long_U] - 1]
   order_E = np.argsort(hashes_E, kind='stable')

@@ -29,7 +29,7 @@ def similarities(histories: Histories, neighbours: int = NEIGHBOURS) -> scipy.sp
     raise UserError(f'item-KNN: neighbours = {neighbours}; give at least 1.')
   n_users, n_items = len(histories.user_ids), len(histories.item_ids)
   in_train = popularity.in_train(histories)
-  user_of = np.repeat(np.arange(n_users), np.diff(histories.offsets))
+  user_of = histories.event_users
   bought_UI = scipy.sparse.csr_matrix(
     (np.ones(in_train.sum()), (user_of[in_train], histories.events[in_train])), (n_users, n_items))
   bought_UI.sum_duplicates()

@@ -14,9 +14,7 @@ def train_counts(histories: Histories) -> np.ndarray:
 
 def in_train(histories: Histories) -> np.ndarray:
   """bool, like `events`: whether the event is in its history's train part."""
-  lengths_U = np.diff(histories.offsets)
-  position = np.arange(len(histories.events)) - np.repeat(histories.offsets[:-1], lengths_U)
-  return position < np.repeat(histories.visible('train'), lengths_U)
+  return histories.among_first(histories.visible('train'))
 
 
 def scorer(histories: Histories, split: str) -> Callable[[int], np.ndarray]:

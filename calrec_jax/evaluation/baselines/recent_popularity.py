@@ -25,11 +25,10 @@ def is_recent(histories: Histories, share: float = SHARE) -> np.ndarray:
     raise UserError(f'recent popularity: share = {share}; give a number above 0, up to 1.')
   in_train = popularity.in_train(histories)
   if histories.timestamps is None:
-    lengths_U, train_U = np.diff(histories.offsets), histories.visible('train')
+    train_U = histories.visible('train')
     # The rounding takes off what a product such as 0.07 * 100 has too much.
     recent_U = np.ceil(np.round(share * train_U, 9)).astype(np.int64)
-    position = np.arange(len(histories.events)) - np.repeat(histories.offsets[:-1], lengths_U)
-    return in_train & (position >= np.repeat(train_U - recent_U, lengths_U))
+    return in_train & ~histories.among_first(train_U - recent_U)
   times = histories.timestamps[in_train]
   if not len(times):
     return in_train

@@ -12,7 +12,7 @@ from calrec_jax.evaluation.baselines import popularity
 def train_transitions(histories: Histories) -> scipy.sparse.csr_matrix:
   """int64 [I, I], sparse: how often item j came right after item i within the train parts."""
   events, in_train = histories.events, popularity.in_train(histories)
-  user_of = np.repeat(np.arange(len(histories.user_ids)), np.diff(histories.offsets))
+  user_of = histories.event_users
   # A train part is the head of its history: an event in it and the one before it, of the same user, are both in it.
   after = np.flatnonzero(in_train[1:] & (user_of[1:] == user_of[:-1])) + 1
   n_items = len(histories.item_ids)

@@ -1,6 +1,5 @@
 """The users whose results a report shows in full, drawn by a hash of their ids."""
 
-import hashlib
 import json
 import math
 import pathlib
@@ -12,13 +11,14 @@ from calrec_jax.errors import UserError
 from calrec_jax.evaluation.baselines.popularity import train_counts
 from calrec_jax.evaluation.examples import printable
 from calrec_jax.evaluation.generations import Generation
+from calrec_jax.ranking.order import id_hash
 
 TOP, TEXTS, HISTORY = 10, 5, 20
 
 
 def drawn(user_ids: Iterable[str], n_users: int) -> list[str]:
   """Those with the smallest SHA-256 of their ids: a draw that knows no result."""
-  return sorted(user_ids, key=lambda user_id: hashlib.sha256(user_id.encode('utf-8', 'surrogatepass')).digest())[:n_users]
+  return sorted(user_ids, key=id_hash)[:n_users]
 
 
 def read_rows(path: pathlib.Path, wanted: Sequence[str]) -> dict[str, dict]:

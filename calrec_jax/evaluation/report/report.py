@@ -1,12 +1,11 @@
 """`calrec report`: gathers what evaluations and training runs hold, and writes it as one HTML file."""
 
-import json
 import os
 import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
 
-from calrec_jax import outputs
+from calrec_jax import outputs, provenance
 from calrec_jax.data import histories as histories_lib
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation import significance
@@ -109,7 +108,7 @@ def _names(parsed: Sequence[Run]) -> list[str]:
 def _gather_results(found: dict, evaluations: Sequence[tuple[str, Run]], results: Sequence[Result], names: Sequence[str]
                     ) -> None:
   """The methods of all folders, the same one only once, and their differences; what else metrics.json has."""
-  measured = [json.loads((result.folder / 'metrics.json').read_text(encoding='utf-8')) for result in results]
+  measured = [outputs.read_object(result.folder / 'metrics.json') for result in results]
   first, rows = measured[0], found['rows']
   found.update(protocol=results[0].protocol, data=results[0].data, users=len(results[0].user_ids), items=first.get('items', 0),
                too_short_users=first.get('too_short_users', 0), duplicate_texts=first.get('duplicate_texts'))
@@ -160,7 +159,7 @@ def _gather_people(found: dict, evaluations: Sequence[tuple[str, Run]], results:
            for row in found['rows']]
   texts, read = [], set()
   for (_, run), result in zip(evaluations, results, strict=True):
-    named = _json(result.folder / 'run.json').get('generations')
+    named = _record(result.folder).get('generations')
     if not isinstance(named, str) or named in read:
       continue
     read.add(named)
@@ -173,28 +172,20 @@ def _gather_people(found: dict, evaluations: Sequence[tuple[str, Run]], results:
 
 
 def _place(folder: pathlib.Path, named: str) -> pathlib.Path | None:
-  """The folder or file of generations that a record names, from the working folder or from above the record."""
-  places = [pathlib.Path(named), *(parent / named for parent in folder.absolute().parents)]
-  return next((place for place in places if place.is_file() or (place / GENERATIONS).is_file()), None)
+  """The folder or file of generations that a record names."""
+  return next((place for place in provenance.places(folder, named) if place.is_file() or (place / GENERATIONS).is_file()), None)
 
 
-def _json(path: pathlib.Path) -> dict:
-  """The object in a file, {} where there is none; raises UserError if it is broken."""
-  if not path.is_file():
-    return {}
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f'{path}: cannot be read as JSON; restore the file.') from error
-  if not isinstance(found, dict):
-    raise UserError(f'{path}: holds a {type(found).__name__}, where an object is expected; restore the file.')
-  return found
+def _record(folder: pathlib.Path) -> dict:
+  """What run.json holds, {} where there is none. Raises UserError if it is broken."""
+  path = folder / 'run.json'
+  return outputs.read_object(path) if path.is_file() else {}
 
 
 def _curves(name: str, run: Run, kind: str, notes: list[str]) -> list[dict]:
   folder = pathlib.Path(run.folder)
   if kind == 'evaluation':
-    sasrec = _json(folder / 'run.json').get('sasrec')
+    sasrec = _record(folder).get('sasrec')
     lines = curves.epoch_curves(sasrec.get('epochs')) if isinstance(sasrec, dict) else {}
     return [{'name': f'SASRec of {name}', 'by': 'epoch', 'lines': lines}] if lines else []
   try:
@@ -211,7 +202,7 @@ def _origins(name: str, run: Run, kind: str) -> list[dict]:
   """The records of a run, and of the generations that it judged."""
   folder = pathlib.Path(run.folder)
   origins = [_origin(f'{name}: {"evaluation" if kind == "evaluation" else "training"}', folder)]
-  named = _json(folder / 'run.json').get('generations')
+  named = _record(folder).get('generations')
   place = _place(folder, named) if isinstance(named, str) else None
   if place is not None:
     origins.append(_origin(f'{name}: generations', place if place.is_dir() else place.parent))
@@ -219,7 +210,7 @@ def _origins(name: str, run: Run, kind: str) -> list[dict]:
 
 
 def _origin(title: str, folder: pathlib.Path) -> dict:
-  record, gin = _json(folder / 'run.json'), folder / 'config.gin'
+  record, gin = _record(folder), folder / 'config.gin'
   command, versions = record.pop('command', None), record.pop('versions', {})
   if isinstance(record.get('sasrec'), Mapping):
     record['sasrec'] = {key: value for key, value in record['sasrec'].items() if key != 'epochs'}
