@@ -22,6 +22,9 @@ class Objective:
       target are the other contexts) or `symmetric` (the mean of both). The paper does not say; the first is our default.
     mask_same_text: spans whose targets have one text are not each other's negatives.
     mask_same_history: neither are spans of one history.
+    sampling_correction: a batch holds an item's text as often as it is bought, so the softmax over the batch learns how much
+      more than that a context makes it probable. With the correction, the log of the text's share of all targets off each
+      logit (Yi et al. 2019), it learns how probable the text is, as a softmax over the whole catalogue would.
   """
 
   alpha: float = 0.125
@@ -30,6 +33,7 @@ class Objective:
   direction: str = 'context_to_target'
   mask_same_text: bool = True
   mask_same_history: bool = False
+  sampling_correction: bool = False
 
   def __post_init__(self):
     if min(self.alpha, self.beta) < 0 or self.alpha + self.beta > 1:
@@ -56,8 +60,8 @@ def unit(x_ED: jax.Array) -> jax.Array:
   return jnp.where(is_zero_E1, 0.0, x_ED * jax.lax.rsqrt(jnp.where(is_zero_E1, 1.0, squares_E1)))
 
 
-def contrast_logits(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
-                    objective: Objective) -> jax.Array:
+def contrast_logits(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array,
+                    log_shares_E: jax.Array | None = None, *, objective: Objective) -> jax.Array:
   """cosine / τ of each span's context (rows) with each one's target: float32 [E, E]; −inf where a span is no negative.
 
   Args:
@@ -65,7 +69,8 @@ def contrast_logits(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Arr
     target_ED: v_T of each span.
     text_E: identity of the target's text; 0 marks an empty slot, which is nobody's negative.
     history_E: identity of the span's history in the batch.
-    objective: temperature and what is masked.
+    log_shares_E: log of the share of all targets that have the span's text; needed with `sampling_correction` only.
+    objective: temperature, what is masked, and whether sampling is corrected for.
   """
   cosine_EE = jnp.einsum('ed,fd->ef', unit(context_ED), unit(target_ED), precision='highest')
   one_EE = jnp.eye(len(text_E), dtype=bool)
@@ -75,7 +80,10 @@ def contrast_logits(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Arr
     excluded_EE |= text_E[:, None] == text_E[None, :]
   if objective.mask_same_history:
     excluded_EE |= history_E[:, None] == history_E[None, :]
-  return jnp.where(excluded_EE & ~one_EE, -jnp.inf, cosine_EE / objective.temperature)
+  logits_EE = cosine_EE / objective.temperature
+  if objective.sampling_correction:
+    logits_EE -= log_shares_E[None, :]
+  return jnp.where(excluded_EE & ~one_EE, -jnp.inf, logits_EE)
 
 
 def _own(x_EE: jax.Array) -> jax.Array:
@@ -83,13 +91,13 @@ def _own(x_EE: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where(jnp.eye(len(x_EE), dtype=bool), x_EE, 0.0), axis=1)
 
 
-def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
-             objective: Objective) -> jax.Array:
+def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array,
+             log_shares_E: jax.Array | None = None, *, objective: Objective) -> jax.Array:
   """InfoNCE of each span's context with its target, against the other spans': float32 [E], nats a span.
 
   Arguments are those of `contrast_logits`; an empty slot costs nothing.
   """
-  logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=objective)
+  logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, log_shares_E, objective=objective)
   to_target_E = -_own(jax.nn.log_softmax(logits_EE, axis=1))
   to_context_E = -_own(jax.nn.log_softmax(logits_EE, axis=0))
   return {'context_to_target': to_target_E, 'target_to_context': to_context_E,
@@ -99,7 +107,8 @@ def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, his
 def own_is_nearest(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
                    objective: Objective) -> jax.Array:
   """Whether a context is nearer to its own target than to all of its negatives: bool [E]; a tie is a miss."""
-  logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=objective)
+  plain = dataclasses.replace(objective, sampling_correction=False)
+  logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=plain)
   others_EE = jnp.where(jnp.eye(len(text_E), dtype=bool), -jnp.inf, logits_EE)
   return _own(logits_EE) > jnp.max(others_EE, axis=1)
 

@@ -81,13 +81,14 @@ def contrast(towers: Towers, batch: Batch, objective: losses.Objective) -> Terms
   rows_BE = jnp.broadcast_to(jnp.arange(len(batch['span_texts']))[:, None], batch['span_texts'].shape)
   history_E = (rows_BE * (batch['tokens'].shape[1] + 1) + batch['span_segments']).reshape(-1)
   text_E = batch['span_texts'].reshape(-1)
+  log_shares_E = batch['span_log_shares'].reshape(-1)
   used_E = (text_E > 0).astype(jnp.float32)
   flat = lambda x_BED: x_BED.reshape(-1, x_BED.shape[-1])
   target_ED = nn.with_logical_constraint(flat(towers.target_BED), (None, None))  # gathered once, for all that follows
   terms = {}
   for name, context_BED in (('tt', towers.context_BED), ('ut', towers.user_BED)):
     spans = flat(context_BED), target_ED, text_E, history_E
-    terms[name] = losses.weighted_mean(losses.info_nce(*spans, objective=objective), used_E)
+    terms[name] = losses.weighted_mean(losses.info_nce(*spans, log_shares_E, objective=objective), used_E)
     nearest_E = losses.own_is_nearest(*spans, objective=objective).astype(jnp.float32)
     terms[f'{name}_accuracy'] = losses.weighted_mean(nearest_E, used_E)
   return terms

@@ -103,7 +103,8 @@ def build_corpus(sources: Sequence[Source], *, template: ItemTemplate, vocabular
 class Excerpts:
   """Excerpts as parallel arrays, int64 [n]: items `start` to `stop` of the corpus' events, targets from `first_target`.
 
-  `tokens` is what an excerpt takes of a row, `losses` how many of them carry a loss.
+  `tokens` is what an excerpt takes of a row, `losses` how many of them carry a loss. `log_shares`: float32 [texts + 1], the log
+  of the share of all targets, drawn by the sources' rates, that have a text; 0 where none has.
   """
 
   users: np.ndarray
@@ -112,6 +113,7 @@ class Excerpts:
   first_targets: np.ndarray
   tokens: np.ndarray
   losses: np.ndarray
+  log_shares: np.ndarray
   cut: dict[str, int]
 
   def __len__(self) -> int:
@@ -151,7 +153,15 @@ def excerpts(corpus: Corpus, *, length: int, targets: str, context_items: int) -
     cut |= {'histories_cut': int((np.unique(users, return_counts=True)[1] > 1).sum()), 'windows': len(users)}
   loss_ends = np.concatenate([[0], np.cumsum(corpus.item_lengths[corpus.events] + 1)])  # its tokens and its end
   return Excerpts(users, starts, stops, first_targets, ends[stops] - ends[starts] + base,
-                  loss_ends[stops] - loss_ends[first_targets], cut)
+                  loss_ends[stops] - loss_ends[first_targets], _log_shares(corpus, users, first_targets, stops), cut)
+
+
+def _log_shares(corpus: Corpus, users: np.ndarray, first_targets: np.ndarray, stops: np.ndarray) -> np.ndarray:
+  sources, counts = corpus.user_sources[users], stops - first_targets
+  drawn = (corpus.rates / np.maximum(np.bincount(sources, minlength=len(corpus.rates)), 1))[sources]  # of each excerpt
+  target = np.arange(counts.sum()) + np.repeat(first_targets - np.cumsum(counts) + counts, counts)
+  weights = np.bincount(corpus.text_ids[corpus.events[target]], np.repeat(drawn, counts), len(corpus.text_items))
+  return np.log(weights / max(weights.sum(), 1e-9), out=np.zeros(len(weights)), where=weights > 0).astype(np.float32)
 
 
 def _windows(users: np.ndarray, lows: np.ndarray, highs: np.ndarray, ends: np.ndarray, room: int,

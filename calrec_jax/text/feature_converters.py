@@ -7,6 +7,7 @@ cannot know, as it sees one row at a time and not the batch:
   of the batch. A text that is the target in two rows is encoded twice.
 - A text's identity is a hash of its tokens, the same in every process, where a corpus numbers its texts.
 - An item's number counts the items that the row holds, where a corpus counts those of the whole history.
+- The share of a text (`span_log_shares`) is that among the examples that are packed together, not among all.
 """
 
 import collections
@@ -78,6 +79,7 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     span_items     [3 2]
     span_slots     [0 1]
     span_texts     [591453634 1708426696]
+    span_log_shares [-0.693 -0.693]
 
   `rows.py` says what each of them is. A history longer than a row keeps its newest whole items; if even two items do
   not fit, reading the rows fails and names the length that would do. A Task that is read with `sequence_length`

@@ -14,7 +14,8 @@ FIRST, 3 is NEXT, 1 is EOS, the items are [7 8], [9], [7 8] and [5 6], [9]:
   span_segments  [1 1 2]                              int32 [E], one span a target: its segment,
   span_items     [2 3 2]                                its item number,
   span_slots     [1 0 1]                                its slot, counted over all rows of the batch (row · S + segment − 1),
-  span_texts     [32 31 32]                             and its text; 0 is an empty span
+  span_texts     [32 31 32]                             its text; 0 is an empty span;
+  span_log_shares [-0.405 -1.099 -0.405]                and the log of the share of all targets that have this text: float32
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ class Shapes:
         'alone_tokens': (alone, np.int32), 'alone_segments': (alone, np.int32), 'alone_positions': (alone, np.int32),
         'slot_texts': ((self.B, self.S), np.int32),
         'span_segments': (span, np.int32), 'span_items': (span, np.int32), 'span_slots': (span, np.int32),
-        'span_texts': (span, np.int32)}
+        'span_texts': (span, np.int32), 'span_log_shares': (span, np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _write_joint(batch: dict[str, np.ndarray], corpus: Corpus, excerpts: Excerpt
   batch['span_items'][span_row, span] = number[is_target]
   batch['span_slots'][span_row, span] = slots[np.searchsorted(texts, text)]
   batch['span_texts'][span_row, span] = text
+  batch['span_log_shares'][span_row, span] = excerpts.log_shares[text]
 
 
 def _write_alone(batch: dict[str, np.ndarray], corpus: Corpus, alone_rows: list[np.ndarray]) -> None:

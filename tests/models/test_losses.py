@@ -15,8 +15,10 @@ E, D = 7, 5
 TEXTS = np.array([4, 9, 4, 2, 0, 8, 0])  # 4 twice, two empty slots
 HISTORIES = np.array([1, 1, 2, 2, 0, 3, 0])
 USED = TEXTS > 0
+LOG_SHARES = np.log([0.1, 0.6, 0.1, 0.2, 1, 0.1, 1]).astype(np.float32)
 OBJECTIVES = [Objective(), Objective(direction='target_to_context'), Objective(direction='symmetric', temperature=0.1),
-              Objective(mask_same_text=False), Objective(mask_same_history=True), Objective(temperature=2.0)]
+              Objective(mask_same_text=False), Objective(mask_same_history=True), Objective(temperature=2.0),
+              Objective(sampling_correction=True, direction='symmetric')]
 
 
 def vectors(seed=0, n=E):
@@ -28,17 +30,19 @@ def brute_force(context_ED, target_ED, text_E, history_E, objective):
   c, t = (x.astype(np.float64) for x in (context_ED, target_ED))
   c, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (c, t))
 
-  def one(anchor, others, e):
+  log_shares_E = LOG_SHARES.astype(np.float64) * objective.sampling_correction
+
+  def one(anchor, others, e, off):
     total = 0.0
     for f in range(len(text_E)):
       same_text = objective.mask_same_text and text_E[f] == text_E[e]
       same_history = objective.mask_same_history and history_E[f] == history_E[e]
       if f == e or (text_E[f] > 0 and not same_text and not same_history):
-        total += np.exp(anchor[e] @ others[f] / objective.temperature)
-    return np.log(total) - anchor[e] @ others[e] / objective.temperature
+        total += np.exp(anchor[e] @ others[f] / objective.temperature - off[f])
+    return np.log(total) - anchor[e] @ others[e] / objective.temperature + off[e]
 
-  to_target = [one(c, t, e) if text_E[e] else 0.0 for e in range(len(text_E))]
-  to_context = [one(t, c, e) if text_E[e] else 0.0 for e in range(len(text_E))]
+  to_target = [one(c, t, e, log_shares_E) if text_E[e] else 0.0 for e in range(len(text_E))]
+  to_context = [one(t, c, e, np.zeros(E)) if text_E[e] else 0.0 for e in range(len(text_E))]
   return {'context_to_target': np.array(to_target), 'target_to_context': np.array(to_context),
           'symmetric': (np.array(to_target) + np.array(to_context)) / 2}[objective.direction]
 
@@ -46,7 +50,7 @@ def brute_force(context_ED, target_ED, text_E, history_E, objective):
 def check_formula(loss, objective):
   for seed in range(3):
     context_ED, target_ED = vectors(seed)
-    np.testing.assert_allclose(loss(context_ED, target_ED, TEXTS, HISTORIES, objective=objective),
+    np.testing.assert_allclose(loss(context_ED, target_ED, TEXTS, HISTORIES, LOG_SHARES, objective=objective),
                                brute_force(context_ED, target_ED, TEXTS, HISTORIES, objective), rtol=1e-5, atol=1e-6)
 
 
@@ -57,7 +61,8 @@ def test_info_nce_is_the_formula(objective):
 
 MUTANTS = {
     'no mask': dict(mask_same_text=False), 'histories masked': dict(mask_same_history=True),
-    'transposed': dict(direction='target_to_context'), 'temperature': dict(temperature=0.25)}
+    'transposed': dict(direction='target_to_context'), 'temperature': dict(temperature=0.25),
+    'corrected': dict(sampling_correction=True)}
 
 
 @pytest.mark.parametrize('mutant', MUTANTS)
@@ -83,7 +88,7 @@ def test_equal_vectors_cost_the_log_of_their_number(direction, n):
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_permuting_spans_permutes_the_loss(objective):
-  arrays, order = (*vectors(), TEXTS, HISTORIES), np.random.default_rng(1).permutation(E)
+  arrays, order = (*vectors(), TEXTS, HISTORIES, LOG_SHARES), np.random.default_rng(1).permutation(E)
   loss = lambda order: info_nce(*(array[order] for array in arrays), objective=objective)
   np.testing.assert_allclose(loss(order), loss(np.arange(E))[order], rtol=1e-5, atol=1e-6)
 
@@ -106,12 +111,13 @@ def test_a_repeated_text_sends_no_gradient_to_its_twin():
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_empty_slots_cost_nothing_and_change_nothing(objective):
   context_ED, target_ED = vectors()
-  total = lambda c, t, texts, histories: info_nce(c, t, texts, histories, objective=objective)
-  nll_E = total(context_ED, target_ED, TEXTS, HISTORIES)
+  total = lambda c, t, *spans: info_nce(c, t, *spans, objective=objective)
+  spans = TEXTS, HISTORIES, LOG_SHARES
+  nll_E = total(context_ED, target_ED, *spans)
   np.testing.assert_array_equal(nll_E[~USED], 0)
   np.testing.assert_allclose(
-      nll_E[USED], total(context_ED[USED], target_ED[USED], TEXTS[USED], HISTORIES[USED]), rtol=1e-5)
-  grads = jax.grad(lambda c, t: total(c, t, TEXTS, HISTORIES).sum(), argnums=(0, 1))(context_ED, target_ED)
+      nll_E[USED], total(context_ED[USED], target_ED[USED], *(x[USED] for x in spans)), rtol=1e-5)
+  grads = jax.grad(lambda c, t: total(c, t, *spans).sum(), argnums=(0, 1))(context_ED, target_ED)
   for grad_ED in grads:
     assert np.isfinite(grad_ED).all() and np.abs(grad_ED[USED]).max() > 1e-3
     np.testing.assert_allclose(grad_ED[~USED], 0, atol=1e-7)
@@ -121,7 +127,7 @@ def test_empty_slots_cost_nothing_and_change_nothing(objective):
 def test_zero_vectors_have_finite_gradients(objective):
   context_ED, target_ED = vectors()
   context_ED[[1, 4]], target_ED[[3, 4]] = 0, 0  # slot 4 is empty, the others are not
-  loss = lambda c, t: info_nce(c, t, TEXTS, HISTORIES, objective=objective).sum()
+  loss = lambda c, t: info_nce(c, t, TEXTS, HISTORIES, LOG_SHARES, objective=objective).sum()
   value, grads = jax.value_and_grad(loss, argnums=(0, 1))(context_ED, target_ED)
   assert np.isfinite(value) and all(np.isfinite(grad).all() for grad in grads)
   np.testing.assert_array_equal(grads[0][1], 0)
@@ -178,3 +184,22 @@ def test_the_terms_are_weighted():
 def test_bad_options(options, message):
   with pytest.raises(UserError, match=message):
     Objective(**options)
+
+
+def check_full_softmax(objective):
+  """A batch that holds each text as often as its share has the gradient of a softmax over the catalogue."""
+  counts = np.array([1, 4, 2, 1])
+  texts = np.repeat(np.arange(4), counts)
+  context_D, catalogue_TD = vectors(n=4)[0][0], vectors(n=4)[1]
+  def in_batch(context_D):
+    context_ED = jnp.zeros((8, D)).at[3].set(context_D)  # of text 1
+    return info_nce(context_ED, catalogue_TD[texts], texts + 1, jnp.arange(8), jnp.log(counts[texts] / 8), objective=objective)[3]
+  full = lambda context_D: -jax.nn.log_softmax(unit(catalogue_TD) @ unit(context_D[None])[0] / objective.temperature)[1]
+  np.testing.assert_allclose(jax.grad(in_batch)(context_D), jax.grad(full)(context_D), rtol=1e-5, atol=1e-6)
+
+
+def test_corrected_for_sampling_it_is_a_softmax_over_the_catalogue():
+  corrected = Objective(sampling_correction=True, mask_same_text=False)
+  check_full_softmax(corrected)
+  with pytest.raises(AssertionError):
+    check_full_softmax(dataclasses.replace(corrected, sampling_correction=False))

@@ -201,7 +201,8 @@ def prefixes(corpus: Corpus, cut: Excerpts, starts: np.ndarray) -> Excerpts:
   lengths = corpus.item_lengths[corpus.events]
   tokens = [corpus.opener[1] + lengths[a:b + 1].sum() + (b - a) * corpus.next_prompt[1]
             for a, b in zip(starts[of], targets, strict=True)]
-  return Excerpts(cut.users[of], starts[of], targets + 1, targets, np.array(tokens), lengths[targets] + 1, {})
+  return Excerpts(cut.users[of], starts[of], targets + 1, targets, np.array(tokens), lengths[targets] + 1,
+                  cut.log_shares, {})
 
 
 def prefix_corpus(bos: bool) -> Corpus:

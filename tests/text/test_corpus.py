@@ -179,6 +179,19 @@ def test_sources_share_texts_and_number_items_apart():
   assert corpus.bank[corpus.next_prompt[0]] == 3 and corpus.next_prompt[1] == 1
 
 
+def test_shares_of_texts_among_the_targets_that_are_drawn():
+  sources = [toy_source([[7, 8], [9]], [[0, 1, 1], [0]], name='a'),
+             toy_source([[9], [5], [7, 8]], [[2, 1], [1, 0, 0, 2]], name='b', rate=2)]
+  corpus = build_corpus(sources, template=ItemTemplate(), vocabulary=toy_vocabulary(), split='test', max_item_tokens=9)
+  cut = excerpts(corpus, length=40, targets='all', context_items=0)
+  # Source a gives one history with two targets, b twice as often one of two, with one and three.
+  weights = {'[9]': 2 * 1 + 2 * 2 / 2, '[5]': 2 * 1 / 2, '[7, 8]': 2 * 1 / 2}
+  shares = np.array([weights['[7, 8]'], weights['[9]'], weights['[5]']]) / sum(weights.values())
+  np.testing.assert_allclose(cut.log_shares, [0, *np.log(shares)], rtol=1e-6)
+  last = excerpts(corpus, length=40, targets='last', context_items=0)
+  np.testing.assert_allclose(last.log_shares, [0, *np.log([1 / 3, 1 / 3, 1 / 3])], rtol=1e-6)
+
+
 def test_long_items_are_cut_and_counted():
   corpus = toy_corpus([[5, 6, 7, 8], [9], [5, 6, 7]], [[0, 1]], max_item_tokens=2)
   assert corpus.item_lengths.tolist() == [2, 1, 2]
