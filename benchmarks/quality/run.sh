@@ -6,7 +6,7 @@
 # SEQUENCES, ITEMS: as `calrec prepare histories` reads them. STEPS: of training. OUT: a folder for everything.
 set -euo pipefail
 if (($# != 5)); then sed -n '4,6s/^# *//p' "$0" >&2; exit 2; fi
-sequences=$1 items=$2 name=$3 steps=$4 out=$5
+sequences=$(realpath "$1") items=$(realpath "$2") name=$3 steps=$4 out=$(realpath -m "$5")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=(--gin.DATA_DIR="'$out/data'" --gin.MIXTURE_OR_TASK_NAME="'$name'")
 text=(--fields title --unknown skip)
