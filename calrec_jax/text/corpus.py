@@ -156,11 +156,21 @@ def excerpts(corpus: Corpus, *, length: int, targets: str, context_items: int) -
                   loss_ends[stops] - loss_ends[first_targets], _log_shares(corpus, users, first_targets, stops), cut)
 
 
+def ranks(counts: np.ndarray) -> np.ndarray:
+  """0 1 2 0 1 … for counts [3, 2, …]."""
+  return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  """The indices start, start + 1, … of every run, one run after the other."""
+  return np.repeat(starts, lengths) + ranks(lengths)
+
+
 def _log_shares(corpus: Corpus, users: np.ndarray, first_targets: np.ndarray, stops: np.ndarray) -> np.ndarray:
   sources, counts = corpus.user_sources[users], stops - first_targets
   drawn = (corpus.rates / np.maximum(np.bincount(sources, minlength=len(corpus.rates)), 1))[sources]  # of each excerpt
-  target = np.arange(counts.sum()) + np.repeat(first_targets - np.cumsum(counts) + counts, counts)
-  weights = np.bincount(corpus.text_ids[corpus.events[target]], np.repeat(drawn, counts), len(corpus.text_items))
+  targets = corpus.events[spread(first_targets, counts)]
+  weights = np.bincount(corpus.text_ids[targets], np.repeat(drawn, counts), len(corpus.text_items))
   return np.log(weights / max(weights.sum(), 1e-9), out=np.zeros(len(weights)), where=weights > 0).astype(np.float32)
 
 

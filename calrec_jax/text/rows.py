@@ -22,7 +22,7 @@ import dataclasses
 
 import numpy as np
 
-from calrec_jax.text.corpus import Corpus, Excerpts
+from calrec_jax.text.corpus import Corpus, Excerpts, ranks, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +60,10 @@ class BatchLayout:
   alone_rows: list[np.ndarray]
 
 
-def _ranks(counts: np.ndarray) -> np.ndarray:
-  """0 1 2 0 1 … for counts [3, 2, …]."""
-  return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def _spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-  """The indices start, start + 1, … of every run, one run after the other."""
-  return np.repeat(starts, lengths) + _ranks(lengths)
-
-
 def target_texts(corpus: Corpus, excerpts: Excerpts, chosen: np.ndarray) -> np.ndarray:
   """Text ids of all targets of the chosen excerpts, in order."""
   first, stop = excerpts.first_targets[chosen], excerpts.stops[chosen]
-  return corpus.text_ids[corpus.events[_spread(first, stop - first)]]
+  return corpus.text_ids[corpus.events[spread(first, stop - first)]]
 
 
 def build_rows(corpus: Corpus, excerpts: Excerpts, layout: BatchLayout, shapes: Shapes,
@@ -105,8 +95,8 @@ def _write_joint(batch: dict[str, np.ndarray], corpus: Corpus, excerpts: Excerpt
     return
   n_items = excerpts.stops[chosen] - excerpts.starts[chosen]
   # One entry an item of an excerpt.
-  event = _spread(excerpts.starts[chosen], n_items)
-  item, rank = corpus.events[event], _ranks(n_items)
+  event = spread(excerpts.starts[chosen], n_items)
+  item, rank = corpus.events[event], ranks(n_items)
   of = np.repeat(np.arange(len(chosen)), n_items)
   number = event - corpus.offsets[excerpts.users[chosen]][of] + 1
   is_target = event >= excerpts.first_targets[chosen][of]
@@ -114,7 +104,7 @@ def _write_joint(batch: dict[str, np.ndarray], corpus: Corpus, excerpts: Excerpt
   prompt = np.where(rank[:, None] == 0, corpus.opener, corpus.next_prompt)
   starts = np.stack([prompt[:, 0], corpus.item_starts[item]], axis=1).reshape(-1)
   lengths = np.stack([prompt[:, 1], corpus.item_lengths[item]], axis=1).reshape(-1)
-  tokens = corpus.bank[_spread(starts, lengths)]
+  tokens = corpus.bank[spread(starts, lengths)]
   piece = np.repeat(np.arange(len(lengths)), lengths)
   is_text = piece % 2 == 1
   last = np.cumsum(lengths) - 1  # of each piece
@@ -125,19 +115,19 @@ def _write_joint(batch: dict[str, np.ndarray], corpus: Corpus, excerpts: Excerpt
   # Where it all goes: rows are filled from the left, excerpt by excerpt.
   excerpt_tokens = excerpts.tokens[chosen]
   row = np.repeat(np.repeat(np.arange(len(rows)), per_row), excerpt_tokens)
-  column = _ranks(np.bincount(row, minlength=len(rows)))
+  column = ranks(np.bincount(row, minlength=len(rows)))
   batch['tokens'][row, column] = tokens
   batch['labels'][row, column] = labels
-  batch['segments'][row, column] = np.repeat(_ranks(per_row) + 1, excerpt_tokens)
-  batch['positions'][row, column] = _ranks(excerpt_tokens)
+  batch['segments'][row, column] = np.repeat(ranks(per_row) + 1, excerpt_tokens)
+  batch['positions'][row, column] = ranks(excerpt_tokens)
   batch['items'][row, column] = np.where(is_text, number[piece // 2], 0)
   batch['loss_weights'][row, column] = weights
   # The span table: one span a target.
   target_of = of[is_target]
   span_row = np.repeat(np.arange(len(rows)), per_row)[target_of]
-  span = _ranks(np.bincount(span_row, minlength=len(rows)))
+  span = ranks(np.bincount(span_row, minlength=len(rows)))
   text = corpus.text_ids[item[is_target]]
-  batch['span_segments'][span_row, span] = (_ranks(per_row) + 1)[target_of]
+  batch['span_segments'][span_row, span] = (ranks(per_row) + 1)[target_of]
   batch['span_items'][span_row, span] = number[is_target]
   batch['span_slots'][span_row, span] = slots[np.searchsorted(texts, text)]
   batch['span_texts'][span_row, span] = text
@@ -155,11 +145,11 @@ def _write_alone(batch: dict[str, np.ndarray], corpus: Corpus, alone_rows: list[
     pieces[0].insert(0, np.full(len(text), corpus.opener[0]))
     pieces[1].insert(0, np.ones(len(text), np.int64))
   lengths = np.stack(pieces[1], axis=1)
-  tokens = corpus.bank[_spread(np.stack(pieces[0], axis=1).reshape(-1), lengths.reshape(-1))]
+  tokens = corpus.bank[spread(np.stack(pieces[0], axis=1).reshape(-1), lengths.reshape(-1))]
   segment_tokens = lengths.sum(axis=1)
   row = np.repeat(np.repeat(np.arange(len(alone_rows)), per_row), segment_tokens)
-  column = _ranks(np.bincount(row, minlength=len(alone_rows)))
+  column = ranks(np.bincount(row, minlength=len(alone_rows)))
   batch['alone_tokens'][row, column] = tokens
-  batch['alone_segments'][row, column] = np.repeat(_ranks(per_row) + 1, segment_tokens)
-  batch['alone_positions'][row, column] = _ranks(segment_tokens)
-  batch['slot_texts'][np.repeat(np.arange(len(alone_rows)), per_row), _ranks(per_row)] = text
+  batch['alone_segments'][row, column] = np.repeat(ranks(per_row) + 1, segment_tokens)
+  batch['alone_positions'][row, column] = ranks(segment_tokens)
+  batch['slot_texts'][np.repeat(np.arange(len(alone_rows)), per_row), ranks(per_row)] = text

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import toy_corpus
+from refusals import refused
 
-from calrec_jax.errors import UserError
 from calrec_jax.evaluation.compare import Run, compare, parse_run, table
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.evaluation.results import read_result
@@ -54,14 +54,6 @@ def names(comparison):
 
 def row_of(comparison, name):
   return next(row for row in comparison['methods'] if row['name'] == name)
-
-
-def refused(call, *words):
-  with pytest.raises(UserError) as caught:
-    call()
-  assert '\n' not in str(caught.value)
-  for word in words:
-    assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(('text', 'run'), [

@@ -3,7 +3,6 @@
 Chromium runs without a driver: an outer page holds the report once for each width, looks into it, and is dumped as it is then.
 """
 
-import gzip
 import html
 import html.parser
 import http.server
@@ -13,6 +12,7 @@ import subprocess
 import threading
 
 import pytest
+from small_shop import write_lines, write_shop
 
 from calrec_jax.data import histories as histories_lib
 from calrec_jax.evaluation.evaluate import evaluate
@@ -274,21 +274,13 @@ def browse(chromium, tmp_path_factory):
 def page(tmp_path_factory):
   """The report of a small shop with hostile and long titles, as HTML."""
   place = tmp_path_factory.mktemp('chromium_shop')
-  (place / 'data').mkdir()
-  write = lambda name, rows: (place / name).write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  write('data/sequences.jsonl', [{'user_id': user, 'item_ids': [f'i{item}' for item in items]}
-                                 for user, items in USERS.items()])
-  write('data/items.jsonl', [{'item_id': f'i{number}', 'title': title, 'brand': '',
-                              'category': f'Scientific > Antimicrobials > Transmissions {number}',
-                              'price': '' if number % 2 else '9.99'} for number, title in enumerate(TITLES)])
-  (place / 'generations').mkdir()
-  with gzip.open(place / 'generations/generations.jsonl.gz', 'wt') as file:
-    for user in USERS:
-      file.write(json.dumps({'user_id': user, 'texts': [IMAGE, SCRIPT, 'Rope'], 'logprobs': [-0.5, -1.0, -2.0]}) + '\n')
+  items = [{'title': title, 'category': f'Scientific > Antimicrobials > Transmissions {number}',
+            'price': '' if number % 2 else '9.99'} for number, title in enumerate(TITLES)]
+  write_shop(place, USERS, items, [IMAGE, SCRIPT, 'Rope'], [-0.5, -1.0, -2.0])
   evaluate(histories=histories_lib.load(place / 'data'), template=ItemTemplate(fields=('title',)), out=place / 'run',
            generations=place / 'generations')
   epochs = [{'loss': 3 / (1 + epoch), 'recall@10': 0.1 * epoch, 'mrr': 0.05 * epoch} for epoch in range(5)]
-  write('run/run.json', [{'command': ['calrec', 'evaluate', 'x' * 300, SCRIPT], 'versions': {'python': '3'},
+  write_lines(place / 'run/run.json', [{'command': ['calrec', 'evaluate', 'x' * 300, SCRIPT], 'versions': {'python': '3'},
                           'sasrec': {'epochs': epochs}, 'words': 'long ' * 60, 'generations': str(place / 'generations')}])
   (place / 'run/config.gin').write_text(f'# {IMAGE}\n' + 'x = 1  # a long line of a configuration ' * 9 + '\n')
   report([f'<b>run={place / "run"}'], place / 'page.html', data=place / 'data')

@@ -1,15 +1,15 @@
 """The page of `calrec report`: whole HTML without network, texts that stay texts, the numbers of metrics.json."""
 
-import gzip
 import html.parser
 import json
 import re
 import struct
 
 import pytest
+from refusals import refused
+from small_shop import write_shop
 
 from calrec_jax.data import histories as histories_lib
-from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import COLUMNS, evaluate
 from calrec_jax.evaluation.report import curves, people
 from calrec_jax.evaluation.report.examples_part import json_block
@@ -57,16 +57,7 @@ class Page(html.parser.HTMLParser):
 def shop(tmp_path_factory):
   """A folder with `data`, `generations`, the evaluations `a` (of the texts) and `other` (of another protocol), `train`."""
   place = tmp_path_factory.mktemp('shop')
-  (place / 'data').mkdir()
-  write = lambda name, rows: (place / name).write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  write('data/sequences.jsonl', [{'user_id': user, 'item_ids': [f'i{item}' for item in items]}
-                                 for user, items in USERS.items()])
-  write('data/items.jsonl', [{'item_id': f'i{number}', 'title': title, 'category': '', 'brand': '', 'price': ''}
-                             for number, title in enumerate(TITLES)])
-  (place / 'generations').mkdir()
-  with gzip.open(place / 'generations/generations.jsonl.gz', 'wt') as file:
-    for user in USERS:
-      file.write(json.dumps({'user_id': user, 'texts': [HOSTILE, 'Rope'], 'logprobs': [-0.5, -2.0]}) + '\n')
+  write_shop(place, USERS, [{'title': title} for title in TITLES], [HOSTILE, 'Rope'], [-0.5, -2.0])
   data = histories_lib.load(place / 'data')
   template = ItemTemplate(fields=('title',))
   evaluate(histories=data, template=template, out=place / 'a', generations=place / 'generations')
@@ -216,14 +207,6 @@ def test_thinning_keeps_the_ends():
   points = [(step, 1.0) for step in range(1000)]
   found = curves.thinned(points)
   assert found[0] == points[0] and found[-1] == points[-1] and len(found) <= 301
-
-
-def refused(call, *words):
-  with pytest.raises(UserError) as caught:
-    call()
-  assert '\n' not in str(caught.value)
-  for word in words:
-    assert word in str(caught.value)
 
 
 def test_wrong_inputs_are_named_and_nothing_is_written(shop, tmp_path):
