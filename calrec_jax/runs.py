@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from calrec_jax import provenance
 from calrec_jax.data import histories, oracle
 from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
+from calrec_jax.evaluation.baselines.popularity import train_counts
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.evaluation.fusion_weights import learn
 from calrec_jax.evaluation.generations import NAME as GENERATIONS
@@ -24,7 +26,7 @@ from calrec_jax.ranking.candidates import read_candidates
 from calrec_jax.ranking.catalogue import from_histories
 from calrec_jax.ranking.index import build_index, check_fits, load_index
 from calrec_jax.ranking.rank_fusion import read_weights, write_weights
-from calrec_jax.ranking.rankers import DEFAULTS, RANKERS, RankerOptions, Rankers, check_names, needed_by
+from calrec_jax.ranking.rankers import DEFAULTS, RANKERS, RankerOptions, Rankers, check_names, needed_by, unseen
 from calrec_jax.text.item_tokens import load_item_tokens
 from calrec_jax.text.templates import ItemTemplate
 
@@ -41,7 +43,8 @@ def load_data(data_dir: str | os.PathLike, name: str) -> Histories:
 
 def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: Callable[..., dict] = generate,
           rankers: Sequence[str] = ('bm25',), ranker_options: RankerOptions = DEFAULTS, bm25: Bm25Options = LUCENE,
-          index: str | None = None, dtype: str = 'auto', gin_text: Callable[[], str] = str) -> dict[str, Any]:
+          index: str | None = None, exclude_seen: bool = False, dtype: str = 'auto', gin_text: Callable[[], str] = str
+          ) -> dict[str, Any]:
   """Candidates for the users of a data set, into the folder `out`. The same call resumes.
 
   Args:
@@ -55,6 +58,7 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
     ranker_options: their options.
     bm25: which BM25.
     index: a folder of `calrec index` over the data set's items; None: it is made for this run.
+    exclude_seen: whether items of a user's context are no candidates.
     dtype: computation, see `DecoderConfig`.
     gin_text: returns the operative configuration, for the record.
 
@@ -68,12 +72,15 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   vocabulary, found = loaded.vocabulary, loaded.found
   folder = pathlib.Path(out)
   searches = {}
+  if exclude_seen and names == ('bm25',):
+    raise UserError('infer.exclude_seen: a lone bm25 ranks in `calrec evaluate`; name another ranker too, or leave this out.')
   if names != ('bm25',):
-    searched = _searched(loaded, data, names, ranker_options, bm25, index)
+    searched = _searched(loaded, data, names, ranker_options, bm25, index, exclude_seen)
     used = needed_by(names, ranker_options.shortlist)
     weights = read_weights(ranker_options.fusion) if ranker_options.fusion else None  # by content: the file may change
     searches = {'rank': searched, 'texts': 'bm25' in used, 'ranking': {
-        'rankers': names, **dataclasses.asdict(ranker_options), 'fusion': weights, 'bm25': dataclasses.asdict(bm25)}}
+        'rankers': names, **dataclasses.asdict(ranker_options), 'fusion': weights, 'bm25': dataclasses.asdict(bm25),
+        'exclude_seen': exclude_seen}}
   with _folder(folder):
     report = sample(
         decoder=loaded.decoder, params=loaded.by_layer, vocabulary=vocabulary, histories=data,
@@ -92,7 +99,7 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
 
 
 def _searched(loaded: Loaded, data: Histories, names: Sequence[str], options: RankerOptions, bm25: Bm25Options,
-              folder: str | None) -> Callable[[Prefix, list[dict]], list[dict]]:
+              folder: str | None, exclude_seen: bool) -> Callable[[Prefix, list[dict], list[np.ndarray]], list[dict]]:
   """A function that ranks a batch of users, for `generate`."""
   if folder is None:
     needed = needed_by(names, options.shortlist)
@@ -105,11 +112,16 @@ def _searched(loaded: Loaded, data: Histories, names: Sequence[str], options: Ra
                       '`calrec index`.')
     if index.bm25.options != bm25:
       raise UserError(f'{folder}: was made with another BM25 ({index.bm25.options}) than this run has ({bm25}).')
-  rankers = Rankers(loaded, index, names, options)
+  rankers = Rankers(loaded, index, names, options, train_counts(data))
 
-  def rank(prefix: Prefix, rows: list[dict]) -> list[dict]:
+  def rank(prefix: Prefix, rows: list[dict], contexts: list[np.ndarray]) -> list[dict]:
     texts = [(row['texts'], row['logprobs']) for row in rows] if rankers.samples else None
-    return [{name: (ranked.items, ranked.scores) for name, ranked in found.items()} for found in rankers.rank(prefix, texts)]
+    allowed_UI = unseen(contexts, len(data.item_ids)) if exclude_seen else None
+    if exclude_seen and not allowed_UI.any(axis=1).all():
+      user_id = rows[int(np.argmin(allowed_UI.any(axis=1)))]['user_id']
+      raise UserError(f'infer.exclude_seen: user {user_id!r} has every item of the catalogue in the context; leave it out.')
+    return [{name: (ranked.items, ranked.scores) for name, ranked in found.items()}
+            for found in rankers.rank(prefix, texts, allowed_UI)]
   return rank
 
 

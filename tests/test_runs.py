@@ -224,6 +224,38 @@ def test_an_index_of_the_same_catalogue_saves_time_alone(tiny_store, trained_run
     assert not (tmp_path / 'other').exists()
 
 
+def test_seen_items_are_no_candidates(tiny_store, trained_run, ranked, tmp_path):
+  data = load_histories(tiny_store / 'data/games')
+  infer_by(RANKERS, tiny_store, trained_run, tmp_path / 'out', exclude_seen=True)
+  numbers = {item_id: number for number, item_id in enumerate(data.item_ids)}
+  for name in RANKERS:
+    mine, all_items = (read_candidates(candidates(folder, name), numbers) for folder in (tmp_path / 'out', ranked))
+    for user_id, found in mine.items():
+      seen = set(data.seen(data.user_ids.index(user_id), 'test')[:-1].tolist())
+      assert seen and set(found.items.tolist()) == set(all_items[user_id].items.tolist()) - seen, name
+  places = []
+  for number, folder in enumerate((tmp_path / 'out', ranked)):  # a protocol without them finds no difference
+    rank(tiny_store, tmp_path / f'evaluate-{number}', generations=str(folder),
+         evaluate=lambda **given: evaluate(**given, max_users=5, seen_items='filtered'))
+    rows = lines(tmp_path / f'evaluate-{number}/rankings-dense.jsonl.gz')
+    new = [row for row in rows if numbers[row['target']] not in data.seen(data.user_ids.index(row['user_id']), 'test')[:-1]]
+    places.append([(row['user_id'], row['better'], row['tied']) for row in new])
+  assert places[0] == places[1] and places[0]
+
+
+def test_a_lone_bm25_cannot_leave_out_what_was_seen(tiny_store, trained_run, tmp_path):
+  with pytest.raises(UserError, match=r'infer.exclude_seen: a lone bm25 ranks in `calrec evaluate`'):
+    infer_by('bm25', tiny_store, trained_run, tmp_path / 'out', exclude_seen=True)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_user_who_has_bought_everything_is_named(tiny_store, trained_run, tmp_path, monkeypatch):
+  data = load_histories(tiny_store / 'data/games')
+  monkeypatch.setattr(generating, 'context', lambda *_: np.arange(len(data.item_ids), dtype=np.int32))
+  with pytest.raises(UserError, match='infer.exclude_seen: user .* has every item'):
+    infer_by('dense', tiny_store, trained_run, tmp_path / 'out', exclude_seen=True)
+
+
 def test_weights_are_learned_on_validation_users_and_used_on_the_test_split(tiny_store, trained_run, tmp_path):
   names = ('dense', 'likelihood', 'fused')
   learned = infer_by(names, tiny_store, trained_run, tmp_path / 'validation', split='validation')['fusion']

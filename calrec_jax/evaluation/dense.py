@@ -8,10 +8,17 @@ from calrec_jax.training.validation import Embedded
 
 
 def dense_metrics(embedded: Embedded) -> dict[str, float]:
-  """`recall@10` and `ndcg@10`: means over the users, each among all items of the data set that they buy from."""
-  found = []
+  """`recall@10` and `ndcg@10`: means over the users, each among all items of the data set that they buy from.
+
+  With `_unseen`: among those that the user had not bought before, and the target.
+  """
+  found: dict[str, list[np.ndarray]] = {}
   for source, items_T in embedded.items_T.items():
-    of_it = embedded.sources_N == source
-    counts = better_and_tied(embedded.users_ND[of_it], embedded.texts_TD, items_T, embedded.targets_N[of_it])
-    found.append(expected_metrics(*counts, recall_ks=(10,), ndcg_ks=(10,), mrr_ks=()))
-  return {name: float(np.concatenate([metrics[name] for metrics in found]).mean()) for name in ('recall@10', 'ndcg@10')}
+    of_it = np.flatnonzero(embedded.sources_N == source)
+    seen = [embedded.seen_N[user] for user in of_it]
+    for suffix, left_out in (('', None), ('_unseen', seen)):
+      counts = better_and_tied(embedded.users_ND[of_it], embedded.texts_TD, items_T, embedded.targets_N[of_it], left_out)
+      for name, value_N in expected_metrics(*counts, recall_ks=(10,), ndcg_ks=(10,), mrr_ks=()).items():
+        if name.endswith('@10'):
+          found.setdefault(name + suffix, []).append(value_N)
+  return {name: float(np.concatenate(values).mean()) for name, values in found.items()}

@@ -34,7 +34,7 @@ from calrec_jax.text.vocabularies import TokenizerVocabulary
 SPLITS = ('test', 'validation')
 
 Candidates = Mapping[str, tuple[np.ndarray, np.ndarray]]
-Rank = Callable[[Prefix, list[dict]], Sequence[Candidates]]
+Rank = Callable[[Prefix, list[dict], list[np.ndarray]], Sequence[Candidates]]
 
 
 def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabulary, histories: Histories,
@@ -69,8 +69,8 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
     max_users: if set, only the first so many users.
     bucket: prefixes are padded to multiples of this length.
     texts: whether to sample texts; without them there is no file of generations.
-    rank: ranks the catalogue for a batch of users: from their prefixes, as they were read, and their rows (with texts, if these
-      are sampled) to each one's candidates by ranker, {ranker: (item numbers, scores)}.
+    rank: ranks the catalogue for a batch of users: from their prefixes, as they were read, their rows (with texts, if these
+      are sampled) and their contexts (`context`) to each one's candidates by ranker, {ranker: (item numbers, scores)}.
     ranking: what `rank` depends on, JSON values by name; `rankers` are their names.
 
   Returns:
@@ -118,7 +118,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
         raise UserError(f'{identity}: the model gives log-probabilities that are not finite; take another one.')
       rows = [to_row(user_id, row, samples, vocabulary) for row, user_id in enumerate(ids_U)]
     if rank is not None:
-      for row, found in zip(rows, rank(prefix, rows), strict=True):
+      for row, found in zip(rows, rank(prefix, rows, [contexts[index] for index in chosen_U]), strict=True):
         row['candidates'] = {name: [items.tolist(), scores.tolist()] for name, (items, scores) in found.items()}
     return rows[:len(chosen)]
 

@@ -1,6 +1,7 @@
 """Dense retrieval: items by the cosine of their text's embedding v_T and the user's v_U."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def _finite(x_ND: np.ndarray, rows: slice, what: str) -> np.ndarray:
 
 
 def better_and_tied(users_ND: np.ndarray, texts_TD: np.ndarray, items_T: np.ndarray,
-                    targets_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                    targets_N: np.ndarray, seen_N: Sequence[np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
   """How many items of a catalogue lie above each user's target, and how many others at its score: int64 [N] each.
 
   A score is computed once a text, so that items with one text are tied exactly.
@@ -43,6 +44,7 @@ def better_and_tied(users_ND: np.ndarray, texts_TD: np.ndarray, items_T: np.ndar
     texts_TD: float32, embeddings of texts.
     items_T: how many items have each text.
     targets_N: the target's text, one with an item.
+    seen_N: the texts of items that do not count, the target not among them; None: all count.
   """
   better, tied = np.zeros(len(users_ND), np.int64), np.zeros(len(users_ND), np.int64)
   texts = np.flatnonzero(items_T)
@@ -53,6 +55,10 @@ def better_and_tied(users_ND: np.ndarray, texts_TD: np.ndarray, items_T: np.ndar
     own = np.take_along_axis(scores, np.searchsorted(texts, targets_N[block])[:, None], axis=1)
     better[block] = (scores > own) @ counts
     tied[block] = (scores == own) @ counts - 1
+    for row, seen in enumerate(seen_N[block] if seen_N is not None else ()):
+      seen_scores = scores[row, np.searchsorted(texts, seen)]
+      better[start + row] -= np.count_nonzero(seen_scores > own[row])
+      tied[start + row] -= np.count_nonzero(seen_scores == own[row])
   return better, tied
 
 

@@ -17,6 +17,7 @@ from calrec_jax.inference.constrained import beam_search, on_device
 from calrec_jax.inference.likelihood import log_likelihoods
 from calrec_jax.inference.loading import Loaded
 from calrec_jax.models.decoding import Prefix
+from calrec_jax.ranking.duplicates import log_shares
 from calrec_jax.ranking.fusion import EPSILON, check_epsilon, quasi_round_robin
 from calrec_jax.ranking.index import Index
 from calrec_jax.ranking.order import Ranked, tie_order, top_items
@@ -24,6 +25,7 @@ from calrec_jax.ranking.rank_fusion import fuse, read_weights
 
 RANKERS = ('bm25', 'constrained', 'dense', 'likelihood', 'fused')
 SHORTLISTS = ('dense', 'bm25', 'all')
+DUPLICATES = ('tied', 'purchases')
 
 Texts = tuple[Sequence[str], Sequence[float]]  # a user's sampled texts, and their log-probabilities
 
@@ -40,6 +42,9 @@ class RankerOptions:
     shortlist: whose best items `likelihood` scores: `dense`, `bm25`, or `all` (the whole catalogue; slow).
     shortlist_size: how many of them.
     length_normalised: `likelihood` divides by the number of tokens, the end included.
+    duplicates: items of one text are `tied`; or each has, on top of the text's score, the log of its share of the text's
+      `purchases` (`duplicates.log_shares`): P(item) = P(text) · P(item | text). `bm25` ties them, whatever is set here.
+    temperature: `objective.temperature`, by which a cosine is a log-probability; `purchases` needs it in `dense`.
     fusion: a file of learned weights, or its folder (`rank_fusion`); None: reciprocal rank fusion.
   """
 
@@ -49,6 +54,8 @@ class RankerOptions:
   shortlist: str = 'dense'
   shortlist_size: int = 100
   length_normalised: bool = False
+  duplicates: str = 'tied'
+  temperature: float = 0.5
   fusion: str | None = None
 
   def __post_init__(self):
@@ -58,6 +65,13 @@ class RankerOptions:
         raise UserError(f'rankers.{name} = {getattr(self, name)}: give at least 1.')
     if self.shortlist not in SHORTLISTS:
       raise UserError(f'rankers.shortlist = {self.shortlist!r}: choose one of {", ".join(SHORTLISTS)}.')
+    if self.duplicates not in DUPLICATES:
+      raise UserError(f'rankers.duplicates = {self.duplicates!r}: choose one of {", ".join(DUPLICATES)}.')
+    if not 0 < self.temperature < np.inf:
+      raise UserError(f"rankers.temperature = {self.temperature}: give the training's objective.temperature, above 0.")
+    if self.length_normalised and self.duplicates == 'purchases':
+      raise UserError("rankers.length_normalised: a mean over tokens is no log-probability, which duplicates = 'purchases' adds "
+                      'to; leave one of them out.')
 
 
 DEFAULTS = RankerOptions()
@@ -78,15 +92,31 @@ def needed_by(names: Sequence[str], shortlist: str) -> set[str]:
   return found | ({shortlist} & set(RANKERS) if 'likelihood' in found else set())
 
 
+def unseen(contexts: Sequence[np.ndarray], n_items: int) -> np.ndarray:
+  """bool [U, I]: the items that are not in a user's context."""
+  unseen_UI = np.ones((len(contexts), n_items), bool)
+  for unseen_I, items in zip(unseen_UI, contexts, strict=True):
+    unseen_I[items] = False
+  return unseen_UI
+
+
 class Rankers:
   """Ranks for users whose prefixes were read."""
 
-  def __init__(self, loaded: Loaded, index: Index, names: Sequence[str], options: RankerOptions = DEFAULTS):
-    """`names`: of the rankings that are wanted. Raises UserError where one is unknown, or the index lacks what it needs."""
+  def __init__(self, loaded: Loaded, index: Index, names: Sequence[str], options: RankerOptions = DEFAULTS,
+               counts_I: np.ndarray | None = None):
+    """The rankings of these `names`. `counts_I`: purchases of each item, which `options.duplicates` may need.
+
+    Raises UserError where a name is unknown, or something is missing that is needed.
+    """
     self.names, self.options = check_names(names), options
     self.needed = needed_by(self.names, options.shortlist)
     if 'dense' in self.needed and index.texts_TD is None:
       raise UserError('The index has no embeddings, which `dense` needs; build it with `calrec index`.')
+    if options.duplicates == 'purchases' and counts_I is None:
+      raise UserError("rankers.duplicates = 'purchases': no purchases are known here, but in `calrec infer`; set it to 'tied'.")
+    by_purchases = options.duplicates == 'purchases'
+    self._log_shares_I = log_shares(counts_I, index.trie.texts_I) if by_purchases else None
     self._loaded, self._index = loaded, index
     self._most = max(options.candidates, options.shortlist_size if 'likelihood' in self.needed else 0)
     self._fuses = [name for name in RANKERS[:-1] if name in (RANKERS if self.names == ('fused',) else self.names)]
@@ -150,7 +180,7 @@ class Rankers:
   def _dense(self, prefix: Prefix, _: object, allowed_UI: np.ndarray | None, __: Mapping) -> list[Ranked]:
     k = min(self._most, self._index.trie.n_texts)
     scores_UK, texts_UK = self._index.dense.top_k(np.asarray(prefix.user_UD), k, self._texts(allowed_UI))
-    return self._rankings(np.asarray(texts_UK), np.asarray(scores_UK), allowed_UI)
+    return self._rankings(np.asarray(texts_UK), np.asarray(scores_UK), allowed_UI, self.options.temperature)
 
   def _likelihood(self, prefix: Prefix, _: object, allowed_UI: np.ndarray | None, found: Mapping[str, list[Ranked]]
                   ) -> list[Ranked]:
@@ -187,8 +217,9 @@ class Rankers:
       allowed_T[self._index.trie.texts_I[allowed_I]] = True
     return allowed_UT
 
-  def _rankings(self, texts_UK: np.ndarray, scores_UK: np.ndarray, allowed_UI: np.ndarray | None) -> list[Ranked]:
-    """From ranked texts to ranked items: those of one text are tied."""
+  def _rankings(self, texts_UK: np.ndarray, scores_UK: np.ndarray, allowed_UI: np.ndarray | None, nat: float = 1.0
+                ) -> list[Ranked]:
+    """From ranked texts to ranked items, see `RankerOptions.duplicates`; a nat of log-probability is worth `nat` of a score."""
     rankings = []
     for user, (texts_K, scores_K) in enumerate(zip(texts_UK, scores_UK, strict=True)):
       kept = texts_K >= 0
@@ -197,6 +228,10 @@ class Rankers:
         parts = [items[allowed_UI[user][items]] for items in parts]
       scores = np.repeat(scores_K[kept].astype(np.float64), list(map(len, parts)))
       items = np.concatenate([np.zeros(0, np.int64), *parts])
+      if self._log_shares_I is not None:
+        scores += nat * self._log_shares_I[items]
+        order = np.argsort(-scores, kind='stable')
+        items, scores = items[order], scores[order]
       last = min(self._most, len(items))
       most = int(np.searchsorted(-scores, -scores[last - 1], side='right')) if last else 0
       rankings.append(Ranked(items[:most], scores[:most]))

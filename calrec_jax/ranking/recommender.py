@@ -22,7 +22,7 @@ from calrec_jax.inference.sampling import sample
 from calrec_jax.ranking import fusion
 from calrec_jax.ranking.index import Index, check_fits, load_index
 from calrec_jax.ranking.order import Ranked
-from calrec_jax.ranking.rankers import DEFAULTS, RankerOptions, Rankers, check_names
+from calrec_jax.ranking.rankers import DEFAULTS, RankerOptions, Rankers, check_names, unseen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +166,7 @@ class Recommender:
       raise UserError('The filters leave no item of the catalogue; loosen them.')
     allowed_UI = np.tile(allowed_I, (len(histories), 1))
     if filters.exclude_seen:
-      for allowed, items in zip(allowed_UI, histories, strict=True):
-        allowed[items] = False
+      allowed_UI &= unseen(histories, len(allowed_I))
     nothing = np.flatnonzero(~allowed_UI.any(axis=1))
     if len(nothing):
       raise UserError(f'History {nothing[0] + 1}: the filters leave no item; loosen them.')

@@ -289,6 +289,17 @@ class OnePass:
     chosen = self._chosen()
     return np.repeat(self.corpus.user_sources[self.excerpts.users[chosen]], self.excerpts.n_targets[chosen])
 
+  @property
+  def seen(self) -> list[np.ndarray]:
+    """For every span, the texts of the different items that the user had bought before, the target left out: int64 each."""
+    corpus, found = self.corpus, []
+    for excerpt in self._chosen().tolist():
+      first = corpus.offsets[self.excerpts.users[excerpt]]
+      for target in range(self.excerpts.first_targets[excerpt], self.excerpts.stops[excerpt]):
+        items = np.setdiff1d(corpus.events[first:target], corpus.events[target])
+        found.append(corpus.text_ids[items])
+    return found
+
   def _chosen(self) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *(row for layout in self.layouts for row in layout.rows)])
 

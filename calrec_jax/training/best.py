@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 LOSSES = ('loss', 'nig', 'tt', 'ut')  # the lower, the better
-RETRIEVAL = ('recall@10', 'ndcg@10')  # the higher, the better
+RETRIEVAL = ('recall@10', 'ndcg@10', 'recall@10_unseen', 'ndcg@10_unseen')  # the higher, the better
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ class Schedule:
     eval_histories: of the validation split, so many, evenly spread; None: all; 0: no validation.
     save_every: a checkpoint; the last step is saved always.
     keep: newest checkpoints that are kept, and the best one beside them.
-    best_metric: by which a step is the best: `ndcg@10` or `recall@10` of dense retrieval, or a loss of the validation,
+    best_metric: by which a step is the best: `ndcg@10` or `recall@10` of dense retrieval (with `_unseen`: among items that the
+      user had not bought), or a loss of the validation,
       `loss`, `nig`, `tt` or `ut`. `MODEL_DIR/best` names that step wherever a checkpoint is asked for.
     patience: training ends after so many evaluations in turn that are no better than the best; None: never.
     profile_steps: so many steps are traced, from the third on, for TensorBoard's profiler: into `MODEL_DIR/profile`.

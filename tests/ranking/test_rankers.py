@@ -135,6 +135,43 @@ def test_items_of_one_text_are_tied_and_all_listed(rank, rankings, index):
   assert sorted(ranked.items.tolist()) == twins and ranked.scores[0] == ranked.scores[1]
 
 
+def test_twins_share_their_text_by_purchases(loaded, index, prefix, rankings):
+  """P(item | text) by a plain loop; the probabilities of a text's items are the text's."""
+  counts_I = np.random.default_rng(0).integers(0, 9, len(index.catalogue))
+  texts = index.trie.texts_I.tolist()
+  shares = [(count + 0.5) / sum(other + 0.5 for other, of in zip(counts_I, texts, strict=True) if of == text)
+            for count, text in zip(counts_I, texts, strict=True)]
+  options = RankerOptions(**OPTIONS | {'candidates': 40}, duplicates='purchases', temperature=0.2)
+  found = Rankers(loaded, index, RANKERS[1:4], options, counts_I).rank(prefix, None)
+  tied = Rankers(loaded, index, RANKERS[1:4], dataclasses.replace(options, duplicates='tied')).rank(prefix, None)
+  for mine, theirs in zip(found, tied, strict=True):
+    for name, nat in (('constrained', 1), ('dense', 0.2), ('likelihood', 1)):
+      of_text = dict(zip(theirs[name].items.tolist(), theirs[name].scores.tolist(), strict=True))
+      assert set(mine[name].items.tolist()) == set(of_text) and (np.diff(mine[name].scores) <= 0).all()
+      wanted = [of_text[item] + nat * np.log(shares[item]) for item in mine[name].items.tolist()]
+      np.testing.assert_allclose(mine[name].scores, wanted, rtol=1e-6)
+      assert not np.allclose(mine[name].scores, theirs[name].scores)
+  twins = [index.item_numbers['rare-1'], index.item_numbers['rare-2']]
+  assert sum(shares[twin] for twin in twins) == pytest.approx(1) and shares[twins[0]] != shares[twins[1]]
+
+
+def test_a_twin_that_nobody_buys_may_be_left_out_alone(loaded, index, prefix):
+  twins = [index.item_numbers['rare-1'], index.item_numbers['rare-2']]
+  counts_I = np.zeros(len(index.catalogue))
+  counts_I[twins[1]] = 1e6
+  options = RankerOptions(**OPTIONS | {'candidates': 40}, duplicates='purchases')
+  dense = lambda options: Rankers(loaded, index, ('dense',), options, counts_I).rank(prefix, None)[0]['dense'].items.tolist()
+  whole = dense(options)
+  place = whole.index(twins[1])
+  assert whole.index(twins[0]) > place + 1  # tied, it would come with the other one
+  assert dense(dataclasses.replace(options, candidates=place + 1)) == whole[:place + 1]
+
+
+def test_purchases_have_to_be_known(loaded, index):
+  with pytest.raises(UserError, match="duplicates = 'purchases': no purchases are known here"):
+    Rankers(loaded, index, ('dense',), RankerOptions(duplicates='purchases'))
+
+
 def test_where_no_text_matches_no_more_than_the_candidates_are_listed(loaded, index, prefix):
   rankers = Rankers(loaded, index, ('bm25',), RankerOptions(candidates=5))
   found = rankers.rank(prefix, [(['', '?'], [-1.0, -2.0])] * 2)
@@ -190,7 +227,9 @@ def test_a_filter_ranks_as_an_index_of_the_allowed_items_does(catalogue, loaded,
 @pytest.mark.parametrize(('options', 'told'), [
     ({'candidates': 0}, 'rankers.candidates = 0'), ({'beam_width': -1}, 'rankers.beam_width = -1'),
     ({'shortlist_size': 0}, 'rankers.shortlist_size = 0'), ({'shortlist': 'fused'}, "rankers.shortlist = 'fused'"),
-    ({'epsilon': -1.0}, 'epsilon = -1.0')])
+    ({'epsilon': -1.0}, 'epsilon = -1.0'), ({'duplicates': 'best'}, "rankers.duplicates = 'best'"),
+    ({'temperature': 0.0}, 'rankers.temperature = 0.0'),
+    ({'duplicates': 'purchases', 'length_normalised': True}, 'leave one of them out')])
 def test_options_out_of_range_are_named(options, told):
   with pytest.raises(UserError, match=told):
     RankerOptions(**options)

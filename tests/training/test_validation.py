@@ -67,16 +67,25 @@ def test_every_user_and_text_is_embedded_as_if_alone(embedded):
 def test_dense_metrics_are_those_of_ranking_all_items_of_ones_own_data_set(embedded):
   found, _, _, batches = embedded
   cosine = lambda a, b: float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-  gains = []
-  for user, target, source in zip(found.users_ND, found.targets_N, found.sources_N, strict=True):
-    texts = batches.corpus.text_ids[batches.corpus.item_sources == source]
-    scores = {text: cosine(user, found.texts_TD[text]) for text in set(texts.tolist())}
-    better = sum(scores[text] > scores[target] for text in texts.tolist())
-    tied = sum(text == target for text in texts.tolist())
-    ranks = range(better + 1, better + tied + 1)
-    gains.append((np.mean([rank <= 10 for rank in ranks]), np.mean([(rank <= 10) / np.log2(rank + 1) for rank in ranks])))
-  recall, ndcg = np.mean(gains, axis=0)
-  assert dense_metrics(found) == pytest.approx({'recall@10': recall, 'ndcg@10': ndcg}, abs=1e-9)
+  corpus, gains, n_seen = batches.corpus, [], 0
+  chosen = [excerpt for layout in batches.layouts for row in layout.rows for excerpt in row.tolist()]
+  for excerpt, user, target, source in zip(chosen, found.users_ND, found.targets_N, found.sources_N, strict=True):
+    items = np.flatnonzero(corpus.item_sources == source).tolist()
+    owner = batches.excerpts.users[excerpt]
+    *context, bought = corpus.events[corpus.offsets[owner]:corpus.offsets[owner + 1]].tolist()
+    scores = {item: cosine(user, found.texts_TD[corpus.text_ids[item]]) for item in items}
+    assert corpus.text_ids[bought] == target
+    for candidates in (items, [item for item in items if item not in context or item == bought]):
+      better = sum(scores[item] > scores[bought] for item in candidates)
+      tied = sum(scores[item] == scores[bought] for item in candidates)
+      ranks = range(better + 1, better + tied + 1)
+      gains.append((np.mean([rank <= 10 for rank in ranks]), np.mean([(rank <= 10) / np.log2(rank + 1) for rank in ranks])))
+      n_seen += len(items) - len(candidates)
+  assert n_seen > 50
+  (recall, ndcg), (unseen_recall, unseen_ndcg) = (np.mean(gains[first::2], axis=0) for first in (0, 1))
+  assert dense_metrics(found) == pytest.approx({'recall@10': recall, 'ndcg@10': ndcg, 'recall@10_unseen': unseen_recall,
+                                                'ndcg@10_unseen': unseen_ndcg}, abs=1e-9)
+  assert unseen_ndcg > ndcg
 
 
 def test_items_with_one_text_are_tied_and_others_do_not_count():
@@ -84,3 +93,6 @@ def test_items_with_one_text_are_tied_and_others_do_not_count():
   texts = np.asarray([[9, 9], [1, 0], [1, 1], [0, 1], [1, 0.1]], np.float32)
   better, tied = better_and_tied(users, texts, np.asarray([0, 2, 3, 1, 0]), np.asarray([2, 1] * 300))
   assert better.tolist() == [2, 4] * 300 and tied.tolist() == [2, 1] * 300
+  seen = [np.asarray([2, 1, 3]), np.asarray([2])] * 300  # an item of each of these texts does not count
+  better, tied = better_and_tied(users, texts, np.asarray([0, 2, 3, 1, 0]), np.asarray([2, 1] * 300), seen)
+  assert better.tolist() == [1, 3] * 300 and tied.tolist() == [1, 1] * 300
