@@ -70,8 +70,8 @@ class RankerOptions:
     if not 0 < self.temperature < np.inf:
       raise UserError(f"rankers.temperature = {self.temperature}: give the training's objective.temperature, above 0.")
     if self.length_normalised and self.duplicates == 'purchases':
-      raise UserError("rankers.length_normalised: a mean over tokens is no log-probability, which duplicates = 'purchases' adds "
-                      'to; leave one of them out.')
+      raise UserError("rankers.length_normalised: a mean over tokens is no log-probability, which duplicates = 'purchases' "
+                      'adds to; leave one of them out.')
 
 
 DEFAULTS = RankerOptions()
