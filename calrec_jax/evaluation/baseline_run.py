@@ -1,6 +1,7 @@
 """All baselines on one data set, judged alike: an evaluation folder of their own (`calrec baselines`)."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -34,7 +35,7 @@ def run_baselines(histories: Histories, out: str | os.PathLike, *, protocol: Pro
     protocol: who is judged, and how.
     methods: some of `METHODS`.
     template: how BM25's texts are written.
-    sasrec_options: of SASRec; it stops on the validation split, whatever split is judged.
+    sasrec_options: of SASRec; it stops on the validation split, whatever split is judged, with the protocol's seen items.
 
   Raises:
     UserError: an unknown method, nobody to evaluate, a data set of another split, or `out` in use.
@@ -47,7 +48,9 @@ def run_baselines(histories: Histories, out: str | os.PathLike, *, protocol: Pro
   scorers, facts = {}, {}
   for name in dict.fromkeys(methods):
     if name == 'sasrec':
-      trained = sasrec.train(histories, sasrec_options)
+      stops_by = Protocol(split='validation', seen_items=protocol.seen_items)
+      candidates = None if protocol.seen_items == 'kept' else functools.partial(stops_by.candidates, histories)
+      trained = sasrec.train(histories, sasrec_options, candidates=candidates)
       facts[name] = {'options': dataclasses.asdict(sasrec_options), 'epochs': trained.epochs, 'best_epoch': trained.best_epoch}
       scorers[name] = sasrec.scorer(histories, protocol.split, trained=trained)
     else:

@@ -19,6 +19,8 @@ from calrec_jax.errors import UserError
 from calrec_jax.evaluation.baselines.sasrec_model import Sasrec, mean_nll
 from calrec_jax.evaluation.metrics import expected_metrics
 
+Candidates = Callable[[int], np.ndarray]
+
 METRIC = 'ndcg@10'  # of the validation split, which decides when to stop
 _SCORED_AT_ONCE = 256  # users whose scores of all items are in memory while their targets are placed
 
@@ -130,7 +132,8 @@ def pack(starts_S: np.ndarray, lengths_S: np.ndarray, row_length: int) -> Rows:
   return Rows(index_RL, segments_RL, positions_RL, row_S, first_S + lengths_S - 1)
 
 
-def train(histories: Histories, options: SasrecOptions = SasrecOptions(), *, progress: bool = True) -> Trained:
+def train(histories: Histories, options: SasrecOptions = SasrecOptions(), *, candidates: Candidates | None = None,
+          progress: bool = True) -> Trained:
   """Trains on the train parts, until the validation NDCG@10 has not risen for `patience` epochs; keeps the best epoch.
 
   The network reads no test target: one trained network serves both splits. Equal seeds, on one machine, give equal bits.
@@ -138,6 +141,7 @@ def train(histories: Histories, options: SasrecOptions = SasrecOptions(), *, pro
   Args:
     histories: the data set.
     options: see `SasrecOptions`.
+    candidates: from a user to bool [I], the items that the validation target is ranked among; None: all.
     progress: whether to show progress on stderr.
 
   Raises:
@@ -145,7 +149,7 @@ def train(histories: Histories, options: SasrecOptions = SasrecOptions(), *, pro
   """
   model = _model(histories, options)
   starts_S, lengths_S = _train_slices(histories, options)
-  validation = _Contexts(histories, 'validation', options)
+  validation = _Contexts(histories, 'validation', options, candidates)
   if not len(validation.users_S):
     raise UserError(f'data set {histories.name}: no user has a validation target, which tells SASRec when to stop; use a '
                     'larger data set.')
@@ -202,13 +206,13 @@ class _Contexts:
     targets_S: int32, the items of their targets.
   """
 
-  def __init__(self, histories: Histories, split: str, options: SasrecOptions):
+  def __init__(self, histories: Histories, split: str, options: SasrecOptions, candidates: Candidates | None = None):
     lengths_U = histories.visible(split) - 1
     self.users_S = np.flatnonzero(lengths_U > 0)
     ends_S = histories.offsets[self.users_S] + lengths_U[self.users_S]
     lengths_S = np.minimum(lengths_U[self.users_S], options.max_length)
     self.targets_S = histories.events[ends_S]
-    self._events, self._batch_size = histories.events, options.batch_size
+    self._events, self._batch_size, self._candidates = histories.events, options.batch_size, candidates
     self._rows = pack(ends_S - lengths_S, lengths_S, options.max_length)
 
   def vectors(self, model: Sasrec, params: dict) -> np.ndarray:
@@ -221,14 +225,24 @@ class _Contexts:
     return vectors_SD
 
   def metrics(self, model: Sasrec, params: dict) -> dict[str, float]:
-    """The mean metrics of the users, by name, all items being ranked."""
+    """The mean metrics of the users, by name, their candidates being ranked."""
     vectors_SD, n = self.vectors(model, params), len(self.users_S)
     padded_SD = np.pad(vectors_SD, ((0, -n % _SCORED_AT_ONCE), (0, 0)))
     padded_S = np.pad(self.targets_S, (0, -n % _SCORED_AT_ONCE))
-    places = [_places(params['items'], padded_SD[at:at + _SCORED_AT_ONCE], padded_S[at:at + _SCORED_AT_ONCE])
-              for at in range(0, n, _SCORED_AT_ONCE)]
+    places = []
+    for at in range(0, n, _SCORED_AT_ONCE):
+      block = slice(at, at + _SCORED_AT_ONCE)
+      places.append(_places(params['items'], padded_SD[block], padded_S[block], self._candidates_of(block)))
     better_S, tied_S = (np.concatenate(parts)[:n] for parts in zip(*jax.device_get(places), strict=True))
     return {name: float(value_S.mean()) for name, value_S in expected_metrics(better_S, tied_S).items()}
+
+
+  def _candidates_of(self, block: slice) -> np.ndarray | None:
+    """bool [S, I] of a block of contexts; all of what pads it."""
+    if self._candidates is None:
+      return None
+    rows = [self._candidates(user) for user in self.users_S[block].tolist()]
+    return np.stack(rows + [np.ones_like(rows[0])] * (_SCORED_AT_ONCE - len(rows)))
 
 
 def _model(histories: Histories, options: SasrecOptions) -> Sasrec:
@@ -280,8 +294,10 @@ def _encode(model, params, items_BL, segments_BL, positions_BL):
 
 
 @jax.jit
-def _places(item_ID, vectors_SD, targets_S):
+def _places(item_ID, vectors_SD, targets_S, candidates_SI):
   """(better, tied), int32 [S]: as `rankings.place`, of each vector's target."""
   scores_SI = vectors_SD @ item_ID.T
+  if candidates_SI is not None:
+    scores_SI = jnp.where(candidates_SI, scores_SI, -jnp.inf)
   target_S1 = jnp.take_along_axis(scores_SI, targets_S[:, None], axis=1)
   return (scores_SI > target_S1).sum(1), (scores_SI == target_S1).sum(1) - 1

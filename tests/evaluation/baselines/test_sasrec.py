@@ -1,6 +1,7 @@
 """SASRec sees the past of one history only, learns from train parts only, and is the same each time."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.baselines import sasrec, sasrec_model
 from calrec_jax.evaluation.metrics import expected_metrics
+from calrec_jax.evaluation.protocols import Protocol
 from calrec_jax.evaluation.rankings import place
 
 N_ITEMS = 12
@@ -149,16 +151,21 @@ def test_scores_are_products_with_the_vector_of_each_context_alone(cycle, traine
     np.testing.assert_allclose(scores_UI[user], trained.params['items'] @ alone_LD[n - 1], atol=1e-5)
 
 
-def test_the_best_epoch_is_kept_and_measured_as_the_protocol_does(cycle):
+@pytest.mark.parametrize('seen_items', ['kept', 'filtered'])
+def test_the_best_epoch_is_kept_and_measured_as_the_protocol_does(cycle, seen_items):
   options = dataclasses.replace(TINY, max_epochs=30, patience=2)
-  trained = sasrec.train(cycle, options, progress=False)
+  protocol = Protocol(split='validation', seen_items=seen_items)
+  candidates = None if seen_items == 'kept' else functools.partial(protocol.candidates, cycle)
+  trained = sasrec.train(cycle, options, candidates=candidates, progress=False)
   ndcg = [epoch['ndcg@10'] for epoch in trained.epochs]
   assert trained.best_epoch == int(np.argmax(ndcg)) and len(ndcg) == trained.best_epoch + 1 + 2 < 30
   scorer = sasrec.scorer(cycle, 'validation', trained=trained)
-  places = [place(scorer(user).astype(np.float32), cycle.seen(user, 'validation')[-1]) for user in range(40)]
+  places = [place(scorer(user).astype(np.float32), cycle.seen(user, 'validation')[-1], protocol.candidates(cycle, user))
+            for user in range(40)]
   for name, value_U in expected_metrics(*np.array(places).T).items():
     np.testing.assert_allclose(trained.epochs[trained.best_epoch][name], value_U.mean(), rtol=1e-6)
-  until_then = sasrec.train(cycle, dataclasses.replace(options, max_epochs=trained.best_epoch + 1), progress=False)
+  until_then = sasrec.train(cycle, dataclasses.replace(options, max_epochs=trained.best_epoch + 1), candidates=candidates,
+                            progress=False)
   jax.tree.map(np.testing.assert_array_equal, trained.params, until_then.params)
 
 
