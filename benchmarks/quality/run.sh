@@ -22,19 +22,15 @@ once "$out/vocabulary.json" calrec vocabulary --data "$out/data/$name" --size 40
 calrec train --gin_file=gin/runs/stage1.gin --gin_file=benchmarks/quality/train.gin "${data[@]}" \
   --gin.VOCABULARY="'$out/vocabulary.json'" --gin.TRAIN_STEPS="$steps" --gin.MODEL_DIR="'$out/model'"
 
-# Everything is chosen on the validation split: the step, and the weights of the fusion.
-infer=(calrec infer --gin_file=gin/runs/infer.gin --gin_file=benchmarks/quality/infer.gin "${data[@]}"
-  --gin.CHECKPOINT_PATH="'$out/model'")
-once "$out/infer_validation/run.json" "${infer[@]}" --gin.SPLIT="'validation'" --gin.sample.max_users=2500 \
-  --gin.INFER_OUTPUT_DIR="'$out/infer_validation'"
-once "$out/infer_test/run.json" "${infer[@]}" --gin.rankers.fusion="'$out/infer_validation'" \
-  --gin.INFER_OUTPUT_DIR="'$out/infer_test'"
+once "$out/infer/run.json" calrec infer --gin_file=gin/runs/infer.gin --gin_file=benchmarks/quality/infer.gin "${data[@]}" \
+  --gin.CHECKPOINT_PATH="'$out/model'" --gin.INFER_OUTPUT_DIR="'$out/infer'"
 
-# Judged twice: among all items, as the literature does, and without those that the user has bought, which is fair to baselines.
+# Judged twice: among all items, as the literature does, and without those that the user has bought. CALRec ranks without them,
+# and the second table gives the baselines that too.
 for seen in kept filtered; do
   once "$out/evaluate_$seen/metrics.json" calrec evaluate --gin_file=gin/runs/evaluate.gin "${data[@]}" \
     --gin.text.fields="('title',)" --gin.text.unknown="'skip'" --gin.ranking.seen_items="'$seen'" \
-    --gin.INFER_OUTPUT_DIR="'$out/infer_test'" --gin.EVAL_OUTPUT_DIR="'$out/evaluate_$seen'"
+    --gin.INFER_OUTPUT_DIR="'$out/infer'" --gin.EVAL_OUTPUT_DIR="'$out/evaluate_$seen'"
   once "$out/baselines_$seen/metrics.json" calrec baselines "$out/data/$name" --seen_items "$seen" --out "$out/baselines_$seen"
   calrec compare "$out/evaluate_$seen" "$out/baselines_$seen" --baseline sasrec
 done
