@@ -36,7 +36,8 @@ class Protocol:
   Attributes:
     name: one of `PROTOCOLS`.
     split: `test` or `validation`.
-    seen_items: `kept`, or `filtered`: items of a user's context are no candidates, unless one is the target.
+    seen_items: `kept`, or `filtered`: items of a user's context are no candidates, and a target among them is missed, as it
+      would be for a user.
     min_history: users with fewer events are left out; at least 3.
     max_users: if set, only the first so many of the users that are left.
 
@@ -75,7 +76,7 @@ class Protocol:
       'context': 'all events before the target',
       'train_part': 'all events before the validation period' if timed else 'all events but the last two',
       **PROTOCOLS[self.name],
-      'seen_items': 'kept' if self.seen_items == 'kept' else 'no candidates, unless one is the target',
+      'seen_items': 'kept' if self.seen_items == 'kept' else 'no candidates; a target among them is missed',
       'order_at_one_time': _ORDERS.get(histories.options.get('ties'), 'as the data had it'),
       'repeats': histories.options.get('repeats', 'as the data had them'),
       'ties': 'expectation over random orders of the tied items',
@@ -107,7 +108,7 @@ class Protocol:
     return users[:self.max_users].tolist(), int((~long_enough_U).sum())
 
   def candidates(self, histories: Histories, user: int) -> np.ndarray | None:
-    """bool [I], the items that a user's target is ranked among, itself among them; None: all."""
+    """bool [I], the items that a user's target is ranked among; None: all."""
     seen = histories.seen(user, self.split)
     context, target, n_items = seen[:-1], seen[-1], len(histories.item_ids)
     if self.name == 'leave_one_out_sampled':
@@ -116,13 +117,12 @@ class Protocol:
       drawn = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], 'little'))).choice(
         others, min(NEGATIVES, len(others)), replace=False)
       allowed_I = np.zeros(n_items, bool)
-      allowed_I[drawn] = True
+      allowed_I[[*drawn, target]] = True
     elif self.seen_items == 'filtered':
       allowed_I = np.ones(n_items, bool)
       allowed_I[context] = False
     else:
       return None
-    allowed_I[target] = True
     return allowed_I
 
 

@@ -17,8 +17,10 @@ TOP = 100
 def place(scores_I: np.ndarray, target: int, candidates_I: np.ndarray | None = None) -> tuple[int, int]:
   """(better, tied): how many items score strictly above the target, and how many others score exactly the same.
 
-  `candidates_I`: bool, the items that are counted, the target among them; None: all.
+  `candidates_I`: bool, the items that are counted; None: all. A target that is none of them comes after all items.
   """
+  if candidates_I is not None and not candidates_I[target]:
+    return len(scores_I) - 1, 0
   score = scores_I[target]
   if candidates_I is not None:
     scores_I = scores_I[candidates_I]
@@ -57,7 +59,7 @@ def write_rankings(
     user_ids: ids of all users.
     targets: item index of each of `users`.
     item_ids: ids of all items.
-    candidates: from a user's number to bool [I], the items that are ranked, the target among them; None: all.
+    candidates: from a user's number to bool [I], the items that are ranked; None: all.
 
   Returns:
     (better_U, tied_U, tops_UK), int64, in the order of `users`; the last has the first items of each, -1 where there are fewer.

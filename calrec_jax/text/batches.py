@@ -290,15 +290,17 @@ class OnePass:
     return np.repeat(self.corpus.user_sources[self.excerpts.users[chosen]], self.excerpts.n_targets[chosen])
 
   @property
-  def seen(self) -> list[np.ndarray]:
-    """For every span, the texts of the different items that the user had bought before, the target left out: int64 each."""
-    corpus, found = self.corpus, []
+  def seen(self) -> tuple[list[np.ndarray], np.ndarray]:
+    """For every span, the texts of the other items that the user had bought before, each item once, int64 each; and whether the
+    target itself had been: bool."""
+    corpus, others, repeats = self.corpus, [], []
     for excerpt in self._chosen().tolist():
       first = corpus.offsets[self.excerpts.users[excerpt]]
-      for target in range(self.excerpts.first_targets[excerpt], self.excerpts.stops[excerpt]):
-        items = np.setdiff1d(corpus.events[first:target], corpus.events[target])
-        found.append(corpus.text_ids[items])
-    return found
+      for place in range(self.excerpts.first_targets[excerpt], self.excerpts.stops[excerpt]):
+        before, target = corpus.events[first:place], corpus.events[place]
+        others.append(corpus.text_ids[np.setdiff1d(before, target)])
+        repeats.append(target in before)
+    return others, np.asarray(repeats, bool)
 
   def _chosen(self) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *(row for layout in self.layouts for row in layout.rows)])

@@ -25,7 +25,8 @@ class Embedded:
     users_ND: float32, v_U of N users, not normalised.
     targets_N: int64, the text that each buys next.
     sources_N: int64, the data set of each.
-    seen_N: for each, the texts of the items bought before, each item once, the target left out.
+    seen_N: for each, the texts of the other items bought before, each item once.
+    repeats_N: bool, whether the target had been bought before.
     texts_TD: float32, v_T of every text; row 0 is none.
     items_T: for each of these data sets, int64 [T]: how many of its items have the text.
   """
@@ -34,6 +35,7 @@ class Embedded:
   targets_N: np.ndarray
   sources_N: np.ndarray
   seen_N: list[np.ndarray]
+  repeats_N: np.ndarray
   texts_TD: np.ndarray
   items_T: dict[int, np.ndarray]
 
@@ -84,7 +86,7 @@ class Validation:
       texts, slots = self._texts.slots(step)
       texts_TD[texts] = slots_BSD.reshape(-1, slots_BSD.shape[-1])[slots]
     return losses | self._judge(Embedded(np.concatenate(users), self._batches.targets, self._batches.sources,
-                                         self._batches.seen, texts_TD, self._items_T))
+                                         *self._batches.seen, texts_TD, self._items_T))
 
   def _global(self, batches: OnePass | TextPass, step: int) -> dict[str, jax.Array]:
     return partitioning.global_batch(lambda rows: batches.batch(step, rows), batches.shapes.B, self._sharding)

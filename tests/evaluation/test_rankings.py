@@ -16,6 +16,11 @@ def test_places_by_hand():
   assert [place(scores_I, item) for item in range(5)] == [(1, 2), (0, 0), (1, 2), (4, 0), (1, 2)]
 
 
+def test_a_target_that_is_no_candidate_comes_after_all_items():
+  scores_I, candidates_I = np.array([0.5, 0.9, 0.5, 0.1, 0.5]), np.array([True, False, True, True, False])
+  assert [place(scores_I, item, candidates_I) for item in range(5)] == [(0, 1), (4, 0), (0, 1), (2, 0), (4, 0)]
+
+
 scores = hnp.arrays(np.float64, 9, elements=st.integers(0, 4).map(float))
 
 

@@ -245,6 +245,21 @@ def test_one_pass_holds_every_excerpt_once(targets):
     check_one_pass(one_pass, range(len(one_pass.excerpts)))
 
 
+@pytest.mark.parametrize('targets', ['last', 'all'])
+def test_one_pass_knows_what_was_bought_before(targets):
+  corpus = random_corpus(4, users=40)
+  one_pass = OnePass(corpus, batch_size=3, length=48, options=RowOptions(targets=targets, context_items=1))
+  others, repeats = one_pass.seen
+  spans = [(int(one_pass.excerpts.users[e]), place) for layout in one_pass.layouts for row in layout.rows for e in row.tolist()
+           for place in range(one_pass.excerpts.first_targets[e], one_pass.excerpts.stops[e])]
+  assert len(others) == len(repeats) == len(spans) == len(one_pass.targets)
+  for (user, place), texts, repeat, text in zip(spans, others, repeats.tolist(), one_pass.targets.tolist(), strict=True):
+    before, target = corpus.events[corpus.offsets[user]:place].tolist(), int(corpus.events[place])
+    assert corpus.text_ids[target] == text and repeat == (target in before)
+    assert sorted(texts.tolist()) == sorted(corpus.text_ids[item] for item in set(before) - {target})
+  assert repeats.any() and not repeats.all()
+
+
 def test_one_pass_of_a_few_histories_spreads_them_evenly():
   options = RowOptions(targets='last')
   one_pass = OnePass(random_corpus(4, users=40), batch_size=4, length=48, options=options, max_histories=7)

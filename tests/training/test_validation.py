@@ -15,7 +15,7 @@ from calrec_jax.training import partitioning
 from calrec_jax.training.partitioning import MeshShape
 from calrec_jax.training.train_step import init_params
 from calrec_jax.training.trainer import with_vocabulary
-from calrec_jax.training.validation import Validation
+from calrec_jax.training.validation import Embedded, Validation
 
 
 @pytest.fixture(scope='module')
@@ -75,17 +75,24 @@ def test_dense_metrics_are_those_of_ranking_all_items_of_ones_own_data_set(embed
     *context, bought = corpus.events[corpus.offsets[owner]:corpus.offsets[owner + 1]].tolist()
     scores = {item: cosine(user, found.texts_TD[corpus.text_ids[item]]) for item in items}
     assert corpus.text_ids[bought] == target
-    for candidates in (items, [item for item in items if item not in context or item == bought]):
+    for candidates in (items, [item for item in items if item not in context]):
       better = sum(scores[item] > scores[bought] for item in candidates)
       tied = sum(scores[item] == scores[bought] for item in candidates)
       ranks = range(better + 1, better + tied + 1)
       gains.append((np.mean([rank <= 10 for rank in ranks]), np.mean([(rank <= 10) / np.log2(rank + 1) for rank in ranks])))
       n_seen += len(items) - len(candidates)
-  assert n_seen > 50
+  assert n_seen > 50 and not found.repeats_N.any()
   (recall, ndcg), (unseen_recall, unseen_ndcg) = (np.mean(gains[first::2], axis=0) for first in (0, 1))
   assert dense_metrics(found) == pytest.approx({'recall@10': recall, 'ndcg@10': ndcg, 'recall@10_unseen': unseen_recall,
                                                 'ndcg@10_unseen': unseen_ndcg}, abs=1e-9)
   assert unseen_ndcg > ndcg
+
+
+def test_among_unseen_items_a_target_that_was_bought_before_is_missed():
+  texts = np.eye(30, dtype=np.float32)
+  found = dense_metrics(Embedded(texts[[3, 3]], np.asarray([3, 3]), np.zeros(2, int), [np.zeros(0, int)] * 2,
+                                 np.asarray([False, True]), texts, {0: np.ones(30, int)}))
+  assert found == {'recall@10': 1, 'ndcg@10': 1, 'recall@10_unseen': 0.5, 'ndcg@10_unseen': 0.5}
 
 
 def test_items_with_one_text_are_tied_and_others_do_not_count():

@@ -300,4 +300,6 @@ def _places(item_ID, vectors_SD, targets_S, candidates_SI):
   if candidates_SI is not None:
     scores_SI = jnp.where(candidates_SI, scores_SI, -jnp.inf)
   target_S1 = jnp.take_along_axis(scores_SI, targets_S[:, None], axis=1)
-  return (scores_SI > target_S1).sum(1), (scores_SI == target_S1).sum(1) - 1
+  better_S, tied_S = (scores_SI > target_S1).sum(1), (scores_SI == target_S1).sum(1) - 1
+  is_candidate_S = target_S1[:, 0] > -jnp.inf
+  return jnp.where(is_candidate_S, better_S, len(item_ID) - 1), jnp.where(is_candidate_S, tied_S, 0)
