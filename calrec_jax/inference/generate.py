@@ -173,7 +173,7 @@ def _write(path: pathlib.Path, rows: Sequence[Mapping], rankers: Sequence[str], 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def prefill(decoder: Decoder, params: Mapping, tokens_UP: np.ndarray, lengths_U: np.ndarray, bos: bool) -> Prefix:
   """`decoding.prefill`, compiled once for each (U, P)."""
-  return decoding.prefill(decoder, params, tokens_UP, lengths_U, bos=bos)
+  return decoding.prefill(decoder, params, tokens_UP, lengths_U, bos=bos, half_life=decoder.config.user_half_life)
 
 
 def candidates_file(folder: pathlib.Path, ranker: str) -> pathlib.Path:

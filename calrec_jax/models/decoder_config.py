@@ -46,6 +46,8 @@ class DecoderConfig:
     attention_softcap, logit_softcap: c, where c · tanh(x / c) bounds scores or logits (Gemma 2). None: unbounded.
     embed_scale: embeddings are multiplied by embed_dim ** 0.5 (Gemma).
     tied_head: the head is the embedding, transposed.
+    user_half_life: v_U is a mean over the history, in which a token that is so many tokens older weighs half as much. None:
+      all weigh the same, as in the paper.
     dropout: rate on the output of each block's two halves, in training only.
     dtype: computation; `float32`, `bfloat16`, or `auto` (bfloat16 on accelerators, float32 on CPU).
     param_dtype: the parameters; updates are rounded to `bfloat16` at random, without bias.
@@ -86,6 +88,7 @@ class DecoderConfig:
   logit_softcap: float | None = None
   embed_scale: bool = False
   tied_head: bool = True
+  user_half_life: float | None = None
   dropout: float = 0.0
   dtype: str = 'auto'
   param_dtype: str = 'float32'
@@ -111,6 +114,8 @@ class DecoderConfig:
     if self.rope_scaling == 'llama3' and self.rope_high_freq_factor <= self.rope_low_freq_factor:
       raise UserError(f'decoder.rope_high_freq_factor = {self.rope_high_freq_factor}: must be above '
                       f'decoder.rope_low_freq_factor = {self.rope_low_freq_factor}.')
+    if self.user_half_life is not None and self.user_half_life <= 0:
+      raise UserError(f'decoder.user_half_life = {self.user_half_life}: give tokens, above 0, or None.')
     if self.lora_rank < 0 or (self.lora_rank and not self.lora_targets) or set(self.lora_targets) - set(PROJECTIONS):
       raise UserError(f'decoder.lora_rank = {self.lora_rank}, decoder.lora_targets = {self.lora_targets}: give a rank of at '
                       f'least 1, and some of {", ".join(PROJECTIONS)}.')

@@ -34,7 +34,7 @@ class Prefix:
     mask_UP: bool, which positions are no padding.
     lengths_U: int32.
     last_UD: the hidden state of each one's last token, which the first new token is predicted from.
-    user_UD: float32, v_U: the mean of the hidden states, BOS left out (method: Towers).
+    user_UD: float32, v_U: the mean of the hidden states, BOS left out (method: Towers), weighted where `prefill` says so.
   """
 
   caches: Caches
@@ -61,8 +61,18 @@ def by_layer(params: Mapping) -> dict[str, Any]:
   return {**params, 'layers': tuple(map(traverse_util.unflatten_dict, layers))}
 
 
-def prefill(decoder: Decoder, params: Mapping, tokens_UP: jax.Array, lengths_U: jax.Array, *, bos: bool) -> Prefix:
-  """Reads prefixes, padded on the right with any token id; `bos`: whether each begins with one, which no mean counts."""
+def prefill(decoder: Decoder, params: Mapping, tokens_UP: jax.Array, lengths_U: jax.Array, *, bos: bool,
+            half_life: float | None = None) -> Prefix:
+  """Reads prefixes, padded on the right with any token id.
+
+  Args:
+    decoder: the model.
+    params: the parameters by layer.
+    tokens_UP: int32, the prefixes.
+    lengths_U: int32, tokens of each.
+    bos: whether each begins with one, which no mean counts.
+    half_life: tokens before the last by which a token weighs half as much in the mean (`DecoderConfig.user_half_life`).
+  """
   U, P = tokens_UP.shape
   positions_UP = jnp.broadcast_to(jnp.arange(P)[None], (U, P))
   mask_UP = positions_UP < lengths_U[:, None]
@@ -70,6 +80,8 @@ def prefill(decoder: Decoder, params: Mapping, tokens_UP: jax.Array, lengths_U: 
   hidden_UPD, caches = _run(decoder, params, tokens_UP, where, None)
   last_UD = jnp.take_along_axis(hidden_UPD, (lengths_U - 1)[:, None, None], axis=1)[:, 0]
   counted_UP = (mask_UP & (positions_UP >= int(bos))).astype(jnp.float32)
+  if half_life is not None:
+    counted_UP *= 2.0**(jnp.minimum(positions_UP - (lengths_U - 1)[:, None], 0) / half_life)
   user_UD = jnp.einsum('up,upd->ud', counted_UP, hidden_UPD.astype(jnp.float32), precision='highest')
   user_UD /= jnp.maximum(jnp.sum(counted_UP, axis=1, keepdims=True), 1.0)
   return Prefix(tuple(cache.heads_first() for cache in caches), mask_UP, lengths_U, last_UD, user_UD)

@@ -22,7 +22,7 @@ Terms = dict[str, jax.Array]
 class Pooled:
   """What the rows of a batch embed, each row on its own: float32, not normalised."""
 
-  user_BED: jax.Array  # v_U: mean over the history, up to the target
+  user_BED: jax.Array  # v_U: mean over the history, up to the target, see `recency`
   context_BED: jax.Array  # v_T|U: mean over the target, read after its history
   slots_BSD: jax.Array  # v_T of each alone slot: mean over a text, read alone
 
@@ -37,7 +37,7 @@ class Towers:
 
 
 def pool(hidden_BLD: jax.Array, chosen_BEL: jax.Array) -> jax.Array:
-  """Means of the chosen positions, float32 [B, E, D]; zero where nothing is chosen."""
+  """Means of the chosen positions, float32 [B, E, D]; zero where nothing is chosen. With weights, the highest is to be 1."""
   chosen_BEL = chosen_BEL.astype(jnp.float32)
   sums_BED = jnp.einsum('bel,bld->bed', chosen_BEL, hidden_BLD.astype(jnp.float32), precision='highest')
   return sums_BED / jnp.maximum(jnp.sum(chosen_BEL, axis=-1), 1.0)[..., None]
@@ -53,6 +53,15 @@ def span_positions(batch: Batch, bos: bool) -> tuple[jax.Array, jax.Array]:
   return segment_BEL & ~started_BEL & text_BL[:, None, :] & (batch['span_texts'] > 0)[:, :, None], target_BEL
 
 
+def recency(user_BEL: jax.Array, positions_BL: jax.Array, half_life: float | None) -> jax.Array:
+  """Weights of the chosen positions in v_U, float32 [B, E, L]: 1 for the last one, half of it `half_life` tokens before."""
+  if half_life is None:
+    return user_BEL.astype(jnp.float32)
+  positions_BEL = jnp.where(user_BEL, positions_BL[:, None, :], 0)
+  ages_BEL = jnp.max(positions_BEL, axis=-1, keepdims=True) - positions_BEL
+  return jnp.where(user_BEL, 2.0**(-ages_BEL / half_life), 0.0)
+
+
 def slot_positions(batch: Batch, bos: bool) -> jax.Array:
   """Which alone positions are a slot's text: bool [B, S, M]. Slot s of a row is its segment s + 1; BOS is in none."""
   n_slots = batch['slot_texts'].shape[1]
@@ -60,9 +69,10 @@ def slot_positions(batch: Batch, bos: bool) -> jax.Array:
   return slot_BSM & (batch['alone_positions'] >= int(bos))[:, None, :]
 
 
-def pooled(hidden_BLD: jax.Array, alone_BMD: jax.Array, batch: Batch, *, bos: bool) -> Pooled:
+def pooled(hidden_BLD: jax.Array, alone_BMD: jax.Array, batch: Batch, *, bos: bool, half_life: float | None = None) -> Pooled:
   """Pools the hidden states of both parts, row by row."""
   user_BEL, target_BEL = span_positions(batch, bos)
+  user_BEL = recency(user_BEL, batch['positions'], half_life)
   return Pooled(pool(hidden_BLD, user_BEL), pool(hidden_BLD, target_BEL), pool(alone_BMD, slot_positions(batch, bos)))
 
 
@@ -160,7 +170,7 @@ class TwoTower(nn.Module):
 
   def embed_rows(self, batch: Batch, *, train: bool = False) -> Pooled:
     """What the rows embed; the head does not run."""
-    return pooled(self.joint(batch, train), self.alone(batch, train), batch, bos=self.bos)
+    return self._pooled(self.joint(batch, train), batch, train)
 
   def rows(self, batch: Batch, *, train: bool = False, embeds: bool | None = None) -> tuple[jax.Array, Pooled | None]:
     """The target tokens' nats, added up, and what the rows embed: None, if nothing is contrasted and `embeds` is."""
@@ -168,7 +178,10 @@ class TwoTower(nn.Module):
     nll = self.target_nll(hidden_BLD, batch)
     if not (self.objective.contrasts if embeds is None else embeds):
       return nll, None
-    return nll, pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos)
+    return nll, self._pooled(hidden_BLD, batch, train)
+
+  def _pooled(self, hidden_BLD: jax.Array, batch: Batch, train: bool) -> Pooled:
+    return pooled(hidden_BLD, self.alone(batch, train), batch, bos=self.bos, half_life=self.decoder.config.user_half_life)
 
   def validate(self, batch: Batch) -> tuple[Terms, jax.Array]:
     """The terms of the loss, without dropout, and v_U of the spans, float32 [B, E, D]."""

@@ -184,12 +184,12 @@ def load(found: Found, **items: Any) -> dict[str, Any]:
 def check_fits(found: Found, *, decoder: DecoderConfig, vocabulary: str, template: dict[str, Any]) -> None:
   """Raises UserError where a checkpoint is of another model shape, vocabulary or text than asked for.
 
-  Low-rank factors are no part of that: they are merged, or begun. A model that was imported fits any text.
+  Low-rank factors are no part of that: they are merged, or begun; nor is how v_U is made. An imported model fits any text.
   """
   where = found.folder
   ours, theirs = decoder.shape(), found.description['decoder']
   differ = [f'{k} is {theirs.get(k)} there, {ours[k]} here' for k in ours
-            if theirs.get(k) != ours[k] and not k.startswith('lora')]
+            if theirs.get(k) != ours[k] and not k.startswith(('lora', 'user'))]
   if differ:
     raise UserError(f'{where}: a checkpoint of another model shape ({"; ".join(differ)}); bind the gin/models file that it was '
                     'trained with.')

@@ -53,6 +53,10 @@ def test_a_prefill_has_the_last_hidden_state_and_the_mean_of_all():
       hidden_LD = plain(TOKENS_UP[user, :length])
       close(prefix.last_UD[user], hidden_LD[-1])
       close(prefix.user_UD[user], hidden_LD[int(bos):].mean(0))
+    recent = decoding.prefill(Decoder(LOCAL), params, TOKENS_UP, LENGTHS_U, bos=bos, half_life=2.5)
+    for user, length in enumerate(LENGTHS_U):
+      ages_L = np.arange(length)[::-1][int(bos):]
+      close(recent.user_UD[user], np.average(plain(TOKENS_UP[user, :length])[int(bos):], axis=0, weights=0.5**(ages_L / 2.5)))
   assert prefix.caches[0].keys.shape == prefix.caches[0].values.shape == (2, 2, 6, 8)
 
 

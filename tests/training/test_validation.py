@@ -1,5 +1,7 @@
 """What retrieval is judged by: every held-out user's v_U and every text's v_T are those of the text read by itself."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 import tiny
 
 from calrec_jax.evaluation.dense import dense_metrics
+from calrec_jax.inference.generate import prefill
 from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoding import by_layer
 from calrec_jax.models.two_tower import TwoTower
 from calrec_jax.ranking.dense import better_and_tied
 from calrec_jax.text.batches import OnePass, RowOptions
@@ -42,26 +46,57 @@ def read_alone(model, params, tokens) -> np.ndarray:
   return np.asarray(hidden[0], np.float32)
 
 
+def piece(corpus, start, length) -> np.ndarray:
+  return corpus.bank[start:start + length]
+
+
+def history_of(batches, excerpt) -> np.ndarray:
+  """What is read before the target."""
+  corpus = batches.corpus
+  events = corpus.events[batches.excerpts.starts[excerpt]:batches.excerpts.stops[excerpt]]
+  parts = [(corpus.next_prompt if i else corpus.opener, (corpus.item_starts[event], corpus.item_lengths[event]))
+           for i, event in enumerate(events)]
+  return np.concatenate([piece(corpus, *place) for places in parts for place in places][:-1])
+
+
 def test_every_user_and_text_is_embedded_as_if_alone(embedded):
   found, model, params, batches = embedded
   corpus = batches.corpus
-  item = lambda i: corpus.bank[corpus.item_starts[i]:corpus.item_starts[i] + corpus.item_lengths[i]]
-  piece = lambda start, length: corpus.bank[start:start + length]
   chosen = np.concatenate([row for layout in batches.layouts for row in layout.rows])
   assert len(chosen) == len(found.users_ND) == 50 and len(set(chosen.tolist())) == 50
   for number in (0, 7, 49):
     excerpt = chosen[number]
-    user = batches.excerpts.users[excerpt]
-    events = corpus.events[batches.excerpts.starts[excerpt]:batches.excerpts.stops[excerpt]]
-    prompts = [piece(*(corpus.next_prompt if i else corpus.opener)) for i in range(len(events))]
-    history = np.concatenate([part for prompt, event in zip(prompts, events, strict=True) for part in (prompt, item(event))])
-    history = history[:len(history) - len(item(events[-1]))]
-    np.testing.assert_allclose(found.users_ND[number], read_alone(model, params, history).mean(0), atol=2e-5)
-    assert found.targets_N[number] == corpus.text_ids[events[-1]] and found.sources_N[number] == corpus.user_sources[user]
+    hidden = read_alone(model, params, history_of(batches, excerpt))
+    np.testing.assert_allclose(found.users_ND[number], hidden.mean(0), atol=2e-5)
+    target = corpus.events[batches.excerpts.stops[excerpt] - 1]
+    assert found.targets_N[number] == corpus.text_ids[target]
+    assert found.sources_N[number] == corpus.user_sources[batches.excerpts.users[excerpt]]
   for text in (1, 5, len(found.texts_TD) - 1):
-    expected = read_alone(model, params, item(corpus.text_items[text])).mean(0)
+    item = corpus.text_items[text]
+    text_tokens = piece(corpus, corpus.item_starts[item], corpus.item_lengths[item])
+    expected = read_alone(model, params, text_tokens).mean(0)
     np.testing.assert_allclose(found.texts_TD[text], expected, atol=2e-5)
   assert {source: items.sum() for source, items in found.items_T.items()} == {0: 16, 1: 16}
+
+
+def test_with_a_half_life_users_are_what_they_bought_lately_in_training_and_inference(embedded):
+  _, model, params, batches = embedded
+  decoder = Decoder(dataclasses.replace(model.decoder.config, user_half_life=7.0))
+  batch = batches.batch(0)
+  found = TwoTower(decoder, tiny.OBJECTIVE).apply({'params': params}, batch, method='embed')
+  plain = model.apply({'params': params}, batch, method='embed')
+  np.testing.assert_array_equal(found.target_BED, plain.target_BED)
+  np.testing.assert_array_equal(found.context_BED, plain.context_BED)
+  chosen = np.concatenate(batches.layouts[0].rows)
+  spans_ND = np.asarray(found.user_BED).reshape(-1, found.user_BED.shape[-1])[batches.spans(0)]
+  for number, excerpt in enumerate(chosen[:3].tolist()):
+    history = history_of(batches, excerpt)
+    hidden = read_alone(model, params, history)
+    expected = np.average(hidden, axis=0, weights=0.5**(np.arange(len(hidden))[::-1] / 7))
+    np.testing.assert_allclose(spans_ND[number], expected, atol=2e-5)
+    assert np.abs(expected - hidden.mean(0)).max() > 1e-3
+    prefix = prefill(decoder, by_layer(params['decoder']), history[None], np.asarray([len(history)]), False)
+    np.testing.assert_allclose(prefix.user_UD[0], expected, atol=2e-5)
 
 
 def test_dense_metrics_are_those_of_ranking_all_items_of_ones_own_data_set(embedded):
