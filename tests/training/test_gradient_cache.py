@@ -80,8 +80,8 @@ def _local_denominator(monkeypatch):
 
 def _not_pulled_back(monkeypatch):
   plain = two_tower.pooled
-  def stopped(hidden, alone, batch, *, bos):
-    return jax.lax.stop_gradient(plain(hidden, alone, batch, bos=bos))
+  def stopped(hidden, alone, batch, **options):
+    return jax.lax.stop_gradient(plain(hidden, alone, batch, **options))
   monkeypatch.setattr(two_tower, 'pooled', stopped)
 
 
