@@ -21,6 +21,7 @@ from calrec_jax.models.attention import Cache, Step, Whole, causal_mask
 from calrec_jax.models.decoder import Block, Decoder
 from calrec_jax.models.layers import TRANSPOSED
 from calrec_jax.models.rope import rotation
+from calrec_jax.models.two_tower import pool, recency
 
 Caches = tuple[Cache, ...]  # of all layers
 
@@ -79,11 +80,8 @@ def prefill(decoder: Decoder, params: Mapping, tokens_UP: jax.Array, lengths_U: 
   where = Whole(positions_UP, causal_mask(mask_UP.astype(jnp.int32)))
   hidden_UPD, caches = _run(decoder, params, tokens_UP, where, None)
   last_UD = jnp.take_along_axis(hidden_UPD, (lengths_U - 1)[:, None, None], axis=1)[:, 0]
-  counted_UP = (mask_UP & (positions_UP >= int(bos))).astype(jnp.float32)
-  if half_life is not None:
-    counted_UP *= 2.0**(jnp.minimum(positions_UP - (lengths_U - 1)[:, None], 0) / half_life)
-  user_UD = jnp.einsum('up,upd->ud', counted_UP, hidden_UPD.astype(jnp.float32), precision='highest')
-  user_UD /= jnp.maximum(jnp.sum(counted_UP, axis=1, keepdims=True), 1.0)
+  counted_U1P = (mask_UP & (positions_UP >= int(bos)))[:, None]
+  user_UD = pool(hidden_UPD, recency(counted_U1P, positions_UP, half_life))[:, 0]
   return Prefix(tuple(cache.heads_first() for cache in caches), mask_UP, lengths_U, last_UD, user_UD)
 
 

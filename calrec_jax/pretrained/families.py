@@ -133,6 +133,7 @@ def from_config(config: DecoderConfig) -> tuple[Family, dict[str, Any]]:
   Raises:
     UserError: no architecture of transformers has all that the decoder has.
   """
+  config = dataclasses.replace(config, user_half_life=None)  # how v_U is made is not in those files
   for family in FAMILIES.values():
     keys = _keys(config, family)
     if to_config(keys, 'export').shape() == config.shape():

@@ -113,10 +113,12 @@ class Rankers:
     self.needed = needed_by(self.names, options.shortlist)
     if 'dense' in self.needed and index.texts_TD is None:
       raise UserError('The index has no embeddings, which `dense` needs; build it with `calrec index`.')
-    if options.duplicates == 'purchases' and counts_I is None:
-      raise UserError("rankers.duplicates = 'purchases': no purchases are known here, but in `calrec infer`; set it to 'tied'.")
-    by_purchases = options.duplicates == 'purchases'
-    self._log_shares_I = log_shares(counts_I, index.trie.texts_I) if by_purchases else None
+    self._log_shares_I = None
+    if options.duplicates == 'purchases':
+      if counts_I is None:
+        raise UserError("rankers.duplicates = 'purchases': no purchases are known here, but in `calrec infer`; set it to "
+                        "'tied'.")
+      self._log_shares_I = log_shares(counts_I, index.trie.texts_I)
     self._loaded, self._index = loaded, index
     self._most = max(options.candidates, options.shortlist_size if 'likelihood' in self.needed else 0)
     self._fuses = [name for name in RANKERS[:-1] if name in (RANKERS if self.names == ('fused',) else self.names)]

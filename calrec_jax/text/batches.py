@@ -289,7 +289,7 @@ class OnePass:
     chosen = self._chosen()
     return np.repeat(self.corpus.user_sources[self.excerpts.users[chosen]], self.excerpts.n_targets[chosen])
 
-  @property
+  @functools.cached_property
   def seen(self) -> tuple[list[np.ndarray], np.ndarray]:
     """For every span, the texts of the other items that the user had bought before, each item once, int64 each; and whether the
     target itself had been: bool."""

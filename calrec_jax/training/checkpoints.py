@@ -189,7 +189,7 @@ def check_fits(found: Found, *, decoder: DecoderConfig, vocabulary: str, templat
   where = found.folder
   ours, theirs = decoder.shape(), found.description['decoder']
   differ = [f'{k} is {theirs.get(k)} there, {ours[k]} here' for k in ours
-            if theirs.get(k) != ours[k] and not k.startswith(('lora', 'user'))]
+            if theirs.get(k) != ours[k] and k != 'user_half_life' and not k.startswith('lora')]
   if differ:
     raise UserError(f'{where}: a checkpoint of another model shape ({"; ".join(differ)}); bind the gin/models file that it was '
                     'trained with.')

@@ -114,7 +114,7 @@ def restore_or_start(model_dir: pathlib.Path, make_state: Callable[[], TrainStat
   found = checkpoints.find(initial_checkpoint)
   checkpoints.check_fits(found, **expected)
   logging.info('Starts from the weights of step %d of %s.', found.step, found.model_dir)
-  theirs = found.decoder_config(param_dtype=decoder.param_dtype)
+  theirs = found.decoder_config(param_dtype=decoder.param_dtype, user_half_life=decoder.user_half_life)
   if theirs.shape() == decoder.shape():  # factors, if there are any, are trained on
     return make_state(checkpoints.load(found, params=abstract_params)['params']), best
   boxed = {'decoder': boxed_params(theirs)}

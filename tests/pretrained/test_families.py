@@ -102,3 +102,5 @@ def test_a_decoder_that_no_architecture_has_is_not_exported():
     families.from_config(config)
   assert families.from_config(dataclasses.replace(config, post_norms=False))[0].model_type == 'qwen3'
   assert families.from_config(DecoderConfig(vocab_size=64))[0].model_type == 'llama'
+  plain = DecoderConfig(vocab_size=64)  # how v_U is made is no part of an architecture
+  assert families.from_config(dataclasses.replace(plain, user_half_life=8.0)) == families.from_config(plain)

@@ -93,7 +93,8 @@ def test_the_best_one_survives_a_copy_of_the_folder(tiny_store, tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'best_metric': 'mrr'}, "schedule.best_metric = 'mrr': choose one of recall@10, .*, ndcg@10_unseen, loss"),
+    ({'best_metric': 'mrr'}, "schedule.best_metric = 'mrr': choose one of recall@10, ndcg@10, recall@10_unseen, "
+                             'ndcg@10_unseen, loss, nig, tt, ut'),
     ({'patience': 2, 'eval_every': 0}, 'schedule.patience = 2: needs evaluations'),
     ({'patience': 0}, 'schedule.patience = 0: give at least 1'), ({'log_every': 0}, 'schedule.log_every = 0'),
     ({'keep': 0}, 'schedule.keep = 0'), ({'save_every': -1}, 'schedule.save_every = -1')])

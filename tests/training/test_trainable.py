@@ -98,9 +98,10 @@ def starts_as(tiny_store, folder, initial, decoder):
 
 def test_factors_are_trained_on_or_merged_into_what_comes_next(tiny_store, low_rank, tmp_path):
   theirs = weights(low_rank)
-  same = starts_as(tiny_store, tmp_path / 'same', low_rank, LORA)
-  for path, leaf in theirs.items():
-    np.testing.assert_array_equal(same[path], leaf)
+  for name, decoder in (('same', LORA), ('recent', dataclasses.replace(LORA, user_half_life=8.0))):
+    same = starts_as(tiny_store, tmp_path / name, low_rank, decoder)
+    for path, leaf in theirs.items():
+      np.testing.assert_array_equal(same[path], leaf)
   merged = traverse_util.flatten_dict(load(low_rank).params)
   assert np.abs(merged['layers', 'mlp', 'up', 'kernel'] - theirs['layers', 'mlp', 'up', 'kernel']).max() > 0
   for name, decoder in (('full', tiny.DECODER), ('other', dataclasses.replace(LORA, lora_rank=3))):

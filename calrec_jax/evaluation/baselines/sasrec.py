@@ -236,7 +236,6 @@ class _Contexts:
     better_S, tied_S = (np.concatenate(parts)[:n] for parts in zip(*jax.device_get(places), strict=True))
     return {name: float(value_S.mean()) for name, value_S in expected_metrics(better_S, tied_S).items()}
 
-
   def _candidates_of(self, block: slice) -> np.ndarray | None:
     """bool [S, I] of a block of contexts; all of what pads it."""
     if self._candidates is None:
