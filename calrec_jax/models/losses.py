@@ -22,9 +22,10 @@ class Objective:
       target are the other contexts) or `symmetric` (the mean of both). The paper does not say; the first is our default.
     mask_same_text: spans whose targets have one text are not each other's negatives.
     mask_same_history: neither are spans of one history.
-    sampling_correction: a batch holds an item's text as often as it is bought, so the softmax over the batch learns how much
-      more than that a context makes it probable. With the correction, the log of the text's share of all targets off each
-      logit (Yi et al. 2019), it learns how probable the text is, as a softmax over the whole catalogue would.
+    sampling_correction: c from 0 to 1. A batch holds an item's text as often as it is bought, so the softmax over the batch
+      learns how much more than that a context makes it probable. With c times the log of the text's share of all targets off
+      each logit (Yi et al. 2019), cosine / τ + (1 − c) · log share learns to be the text's log-probability, up to a constant
+      of the context, as in a softmax over the whole catalogue; that of c = 1 is in the cosine alone.
   """
 
   alpha: float = 0.125
@@ -33,13 +34,15 @@ class Objective:
   direction: str = 'context_to_target'
   mask_same_text: bool = True
   mask_same_history: bool = False
-  sampling_correction: bool = False
+  sampling_correction: float = 0.0
 
   def __post_init__(self):
     if min(self.alpha, self.beta) < 0 or self.alpha + self.beta > 1:
       raise UserError(f'objective.alpha = {self.alpha}, objective.beta = {self.beta}: both at least 0, their sum at most 1.')
     if self.temperature <= 0:
       raise UserError(f'objective.temperature = {self.temperature}: must be above 0.')
+    if not 0 <= self.sampling_correction <= 1:
+      raise UserError(f'objective.sampling_correction = {self.sampling_correction}: from 0 (none) to 1 (whole).')
     if self.direction not in DIRECTIONS:
       raise UserError(f'objective.direction = {self.direction!r}: choose one of {DIRECTIONS}.')
 
@@ -82,7 +85,7 @@ def contrast_logits(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Arr
     excluded_EE |= history_E[:, None] == history_E[None, :]
   logits_EE = cosine_EE / objective.temperature
   if objective.sampling_correction:
-    logits_EE -= log_shares_E[None, :]
+    logits_EE -= objective.sampling_correction * log_shares_E[None, :]
   return jnp.where(excluded_EE & ~one_EE, -jnp.inf, logits_EE)
 
 
@@ -107,7 +110,7 @@ def info_nce(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, his
 def own_is_nearest(context_ED: jax.Array, target_ED: jax.Array, text_E: jax.Array, history_E: jax.Array, *,
                    objective: Objective) -> jax.Array:
   """Whether a context is nearer to its own target than to all of its negatives: bool [E]; a tie is a miss."""
-  plain = dataclasses.replace(objective, sampling_correction=False)
+  plain = dataclasses.replace(objective, sampling_correction=0.0)
   logits_EE = contrast_logits(context_ED, target_ED, text_E, history_E, objective=plain)
   others_EE = jnp.where(jnp.eye(len(text_E), dtype=bool), -jnp.inf, logits_EE)
   return _own(logits_EE) > jnp.max(others_EE, axis=1)

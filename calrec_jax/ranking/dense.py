@@ -1,4 +1,4 @@
-"""Dense retrieval: items by the cosine of their text's embedding v_T and the user's v_U."""
+"""Dense retrieval: items by the cosine of their text's embedding v_T and the user's v_U, and by what a text has beside it."""
 
 import functools
 from collections.abc import Sequence
@@ -62,7 +62,8 @@ def better_and_tied(users_ND: np.ndarray, texts_TD: np.ndarray, items_T: np.ndar
   return better, tied
 
 
-def _merge(best: Best, texts_BD: jax.Array, firsts: jax.Array, users_UD: jax.Array, allowed_UB: jax.Array | None) -> Best:
+def _merge(best: Best, texts_BD: jax.Array, firsts: jax.Array, users_UD: jax.Array, allowed_UB: jax.Array | None,
+           bonus_B: jax.Array | None) -> Best:
   """The best of `best` and of one more block of texts, on one device, whose numbers are higher.
 
   `top_k` takes the earlier of two equal scores, so all candidates stand in the order of their numbers. The best k texts
@@ -74,6 +75,8 @@ def _merge(best: Best, texts_BD: jax.Array, firsts: jax.Array, users_UD: jax.Arr
     scores_UB = jnp.matmul(texts_BD, users_UD[0], precision=lax.Precision.HIGHEST)[None]
   else:
     scores_UB = jnp.matmul(users_UD, texts_BD.T, precision=lax.Precision.HIGHEST)
+  if bonus_B is not None:
+    scores_UB += bonus_B[None]
   if allowed_UB is not None:
     scores_UB = jnp.where(allowed_UB, scores_UB, -jnp.inf)
   scores_UB = lax.optimization_barrier(scores_UB)  # computed once, not again for each use
@@ -90,11 +93,12 @@ def _merge(best: Best, texts_BD: jax.Array, firsts: jax.Array, users_UD: jax.Arr
 
 @functools.partial(jax.jit, static_argnames='mesh')
 def _merge_on(mesh: Mesh, best: Best, texts_BD: jax.Array, firsts: jax.Array, users_UD: jax.Array,
-              allowed_UB: jax.Array | None) -> Best:
+              allowed_UB: jax.Array | None, bonus_B: jax.Array | None) -> Best:
   """`_merge` on every device of a mesh."""
   parts, columns = P(mesh.axis_names), None if allowed_UB is None else P(None, mesh.axis_names)
-  return jax.shard_map(_merge, mesh=mesh, in_specs=((parts, parts), parts, parts, P(), columns),
-                       out_specs=(parts, parts))(best, texts_BD, firsts, users_UD, allowed_UB)
+  return jax.shard_map(_merge, mesh=mesh, out_specs=(parts, parts), in_specs=(
+      (parts, parts), parts, parts, P(), columns, None if bonus_B is None else parts))(
+          best, texts_BD, firsts, users_UD, allowed_UB, bonus_B)
 
 
 @functools.partial(jax.jit, static_argnames='mesh')
@@ -107,7 +111,7 @@ def _join(mesh: Mesh, best: Best) -> Best:
 
 
 class DenseIndex:
-  """Exact search of the texts whose embeddings have the highest cosine with a user's.
+  """Exact search of the texts whose embeddings have the highest cosine with a user's, or cosine and bonus.
 
   The texts are kept on the devices, as rows of length 1, in blocks. A search computes the scores of one block at a time and
   merges the block's best into the best so far, so it needs memory for the scores of a block and of up to 128 users alone
@@ -118,18 +122,22 @@ class DenseIndex:
     blocks: float32 [devices * B, D] each; rows past the last text are 0.
   """
 
-  def __init__(self, texts_TD: np.ndarray, *, mesh: Mesh | None = None, block: int = 32768) -> None:
+  def __init__(self, texts_TD: np.ndarray, *, bonus_T: np.ndarray | None = None, mesh: Mesh | None = None,
+               block: int = 32768) -> None:
     """Normalises the texts and puts them on the devices.
 
     Args:
       texts_TD: float32, embeddings of texts, of any length. Every process gives all of them.
+      bonus_T: what is added to each text's cosine; None: nothing.
       mesh: devices to use, along all its axes; default: all of this process for a large catalogue, else one.
       block: texts that a device scores at a time, at most; rounded up to whole groups.
 
-    Raises ValueError for embeddings of a wrong shape or that are not finite, and for a block below 1.
+    Raises ValueError for embeddings or a bonus of a wrong shape or that are not finite, and for a block below 1.
     """
     if np.ndim(texts_TD) != 2 or 0 in np.shape(texts_TD):
       raise ValueError(f'Embeddings of texts have shape {np.shape(texts_TD)}; give [texts, D], with at least one text.')
+    if bonus_T is not None and (np.shape(bonus_T) != (len(texts_TD),) or not np.isfinite(bonus_T).all()):
+      raise ValueError(f'The bonus has shape {np.shape(bonus_T)}; give a finite number for each of {len(texts_TD)} texts.')
     if block < 1:
       raise ValueError(f'block = {block} texts; give at least 1.')
     self.n_texts, self.dim = texts_TD.shape
@@ -139,11 +147,14 @@ class DenseIndex:
     self._rows = -(-self.n_texts // (self.mesh.size * n_blocks * _GROUP)) * _GROUP  # of a block, on a device
     self._own = n_blocks * self._rows  # of a device: texts 0 to _own - 1 lie on the first one
     rows, everything = NamedSharding(self.mesh, P(self.mesh.axis_names)), np.ones((1, self.n_texts), bool)
-    self.blocks, self._firsts, self._is_text = [], [], []
+    self.blocks, self._firsts, self._is_text, self._bonuses = [], [], [], []
     for start in range(0, self._own, self._rows):
       self.blocks.append(jax.make_array_from_callback(
           (self.mesh.size * self._rows, self.dim), rows,
           lambda index, start=start: self._filled(unit(_finite(texts_TD, self._texts(index[0], start), 'text')), axis=0)))
+      self._bonuses.append(None if bonus_T is None else jax.make_array_from_callback(
+          (self.mesh.size * self._rows,), rows,
+          lambda index, start=start: self._filled(np.asarray(bonus_T[self._texts(index[0], start)], np.float32), axis=0)))
       firsts = np.arange(self.mesh.size, dtype=np.int32) * self._own + start
       self._firsts.append(jax.device_put(firsts, rows))
       self._is_text.append(self._columns(everything, start) if firsts[-1] + self._rows > self.n_texts else None)
@@ -157,7 +168,7 @@ class DenseIndex:
       allowed_UT: bool, the texts that may come, for each user or (`[T]`) for all of them; default: any.
 
     Returns:
-      scores_UK: float32, cosines; -inf where fewer than k texts are allowed.
+      scores_UK: float32, cosines, with the bonus; -inf where fewer than k texts are allowed.
       texts_UK: int32, numbers of texts; -1 where fewer than k texts are allowed.
 
     Raises ValueError for k < 1, and for arrays of a wrong shape or type or that are not finite.
@@ -191,7 +202,7 @@ class DenseIndex:
     best = jnp.full(shape, -jnp.inf, device=parts), jnp.full(shape, -1, jnp.int32, device=parts)
     for i, (texts_BD, firsts) in enumerate(zip(self.blocks, self._firsts, strict=True)):
       allowed = self._is_text[i] if allowed_UT is None else self._columns(allowed_UT, i * self._rows)
-      best = _merge_on(self.mesh, best, texts_BD, firsts, users_UD, allowed)
+      best = _merge_on(self.mesh, best, texts_BD, firsts, users_UD, allowed, self._bonuses[i])
     return _join(self.mesh, best)
 
   def _texts(self, rows: slice, start: int) -> slice:

@@ -2,7 +2,7 @@
 
   bm25         the paper's: BM25 of the sampled texts, merged by the quasi-round-robin
   constrained  beam search on the trie of item texts: every result is an item
-  dense        the cosine of v_U and each item's v_T
+  dense        the cosine of v_U and each item's v_T; with a weight of it, also how often the text is bought
   likelihood   the exact log-probability of shortlisted items' texts
   fused        the others' rankings as one
 """
@@ -17,10 +17,11 @@ from calrec_jax.inference.constrained import beam_search, on_device
 from calrec_jax.inference.likelihood import log_likelihoods
 from calrec_jax.inference.loading import Loaded
 from calrec_jax.models.decoding import Prefix
-from calrec_jax.ranking.duplicates import log_shares
+from calrec_jax.ranking.dense import DenseIndex
 from calrec_jax.ranking.fusion import EPSILON, check_epsilon, quasi_round_robin
 from calrec_jax.ranking.index import Index
 from calrec_jax.ranking.order import Ranked, tie_order, top_items
+from calrec_jax.ranking.purchases import log_item_shares, log_text_shares
 from calrec_jax.ranking.rank_fusion import fuse, read_weights
 
 RANKERS = ('bm25', 'constrained', 'dense', 'likelihood', 'fused')
@@ -43,8 +44,10 @@ class RankerOptions:
     shortlist_size: how many of them.
     length_normalised: `likelihood` divides by the number of tokens, the end included.
     duplicates: items of one text are `tied`; or each has, on top of the text's score, the log of its share of the text's
-      `purchases` (`duplicates.log_shares`): P(item) = P(text) · P(item | text). `bm25` ties them, whatever is set here.
-    temperature: `objective.temperature`, by which a cosine is a log-probability; `purchases` needs it in `dense`.
+      `purchases` (`purchases.log_item_shares`): P(item) = P(text) · P(item | text). `bm25` ties them, whatever is set here.
+    popularity: weight of the log of a text's share of all purchases (`purchases.log_text_shares`) in `dense`, which is then
+      cosine + temperature · popularity · log share; 1 − `objective.sampling_correction` makes it a log-probability.
+    temperature: `objective.temperature`, by which a cosine is a log-probability; `purchases` and `popularity` need it.
     fusion: a file of learned weights, or its folder (`rank_fusion`); None: reciprocal rank fusion.
   """
 
@@ -55,6 +58,7 @@ class RankerOptions:
   shortlist_size: int = 100
   length_normalised: bool = False
   duplicates: str = 'tied'
+  popularity: float = 0.0
   temperature: float = 0.5
   fusion: str | None = None
 
@@ -67,6 +71,8 @@ class RankerOptions:
       raise UserError(f'rankers.shortlist = {self.shortlist!r}: choose one of {", ".join(SHORTLISTS)}.')
     if self.duplicates not in DUPLICATES:
       raise UserError(f'rankers.duplicates = {self.duplicates!r}: choose one of {", ".join(DUPLICATES)}.')
+    if not 0 <= self.popularity < np.inf:
+      raise UserError(f'rankers.popularity = {self.popularity}: give a finite number, at least 0 (none).')
     if not 0 < self.temperature < np.inf:
       raise UserError(f"rankers.temperature = {self.temperature}: give the training's objective.temperature, above 0.")
     if self.length_normalised and self.duplicates == 'purchases':
@@ -105,7 +111,7 @@ class Rankers:
 
   def __init__(self, loaded: Loaded, index: Index, names: Sequence[str], options: RankerOptions = DEFAULTS,
                counts_I: np.ndarray | None = None):
-    """The rankings of these `names`. `counts_I`: purchases of each item, which `options.duplicates` may need.
+    """The rankings of these `names`. `counts_I`: purchases of each item, which `options` may need.
 
     Raises UserError where a name is unknown, or something is missing that is needed.
     """
@@ -113,13 +119,17 @@ class Rankers:
     self.needed = needed_by(self.names, options.shortlist)
     if 'dense' in self.needed and index.texts_TD is None:
       raise UserError('The index has no embeddings, which `dense` needs; build it with `calrec index`.')
-    self._log_shares_I = None
-    if options.duplicates == 'purchases':
-      if counts_I is None:
-        raise UserError("rankers.duplicates = 'purchases': no purchases are known here, but in `calrec infer`; set it to "
-                        "'tied'.")
-      self._log_shares_I = log_shares(counts_I, index.trie.texts_I)
+    for name, neutral in (('duplicates', 'tied'), ('popularity', 0.0)):
+      if counts_I is None and (value := getattr(options, name)) != neutral:
+        raise UserError(f'rankers.{name} = {value!r}: no purchases are known here, but in `calrec infer`; set it to '
+                        f'{neutral!r}.')
     self._loaded, self._index = loaded, index
+    self._log_shares_I = log_item_shares(counts_I, index.trie.texts_I) if options.duplicates == 'purchases' else None
+    if 'dense' in self.needed:
+      self._by_cosine = index.dense
+      if options.popularity:
+        self._by_cosine = DenseIndex(index.texts_TD, bonus_T=options.temperature * options.popularity
+                                     * log_text_shares(counts_I, index.trie.texts_I))
     self._most = max(options.candidates, options.shortlist_size if 'likelihood' in self.needed else 0)
     self._fuses = [name for name in RANKERS[:-1] if name in (RANKERS if self.names == ('fused',) else self.names)]
     self._weights = read_weights(options.fusion) if options.fusion and 'fused' in self.needed else None
@@ -181,7 +191,7 @@ class Rankers:
 
   def _dense(self, prefix: Prefix, _: object, allowed_UI: np.ndarray | None, __: Mapping) -> list[Ranked]:
     k = min(self._most, self._index.trie.n_texts)
-    scores_UK, texts_UK = self._index.dense.top_k(np.asarray(prefix.user_UD), k, self._texts(allowed_UI))
+    scores_UK, texts_UK = self._by_cosine.top_k(np.asarray(prefix.user_UD), k, self._texts(allowed_UI))
     return self._rankings(np.asarray(texts_UK), np.asarray(scores_UK), allowed_UI, self.options.temperature)
 
   def _likelihood(self, prefix: Prefix, _: object, allowed_UI: np.ndarray | None, found: Mapping[str, list[Ranked]]

@@ -18,7 +18,7 @@ USED = TEXTS > 0
 LOG_SHARES = np.log([0.1, 0.6, 0.1, 0.2, 1, 0.1, 1]).astype(np.float32)
 OBJECTIVES = [Objective(), Objective(direction='target_to_context'), Objective(direction='symmetric', temperature=0.1),
               Objective(mask_same_text=False), Objective(mask_same_history=True), Objective(temperature=2.0),
-              Objective(sampling_correction=True, direction='symmetric')]
+              Objective(sampling_correction=1.0, direction='symmetric'), Objective(sampling_correction=0.3)]
 
 
 def vectors(seed=0, n=E):
@@ -62,7 +62,7 @@ def test_info_nce_is_the_formula(objective):
 MUTANTS = {
     'no mask': dict(mask_same_text=False), 'histories masked': dict(mask_same_history=True),
     'transposed': dict(direction='target_to_context'), 'temperature': dict(temperature=0.25),
-    'corrected': dict(sampling_correction=True)}
+    'corrected': dict(sampling_correction=1.0)}
 
 
 @pytest.mark.parametrize('mutant', MUTANTS)
@@ -179,28 +179,31 @@ def test_the_terms_are_weighted():
 
 @pytest.mark.parametrize('options, message', [
     (dict(alpha=-0.1), 'alpha'), (dict(alpha=0.8, beta=0.3), 'their sum at most 1'),
-    (dict(temperature=0), 'temperature'),
+    (dict(temperature=0), 'temperature'), (dict(sampling_correction=1.1), r'sampling_correction = 1.1: from 0 \(none\)'),
     (dict(direction='both'), "'both': choose one of")])
 def test_bad_options(options, message):
   with pytest.raises(UserError, match=message):
     Objective(**options)
 
 
-def check_full_softmax(objective):
-  """A batch that holds each text as often as its share has the gradient of a softmax over the catalogue."""
+def check_full_softmax(objective, correction):
+  """A batch that holds each text as often as its share has the gradient of a softmax over the catalogue of cosine / τ and
+  what the correction leaves of the log shares."""
   counts = np.array([1, 4, 2, 1])
-  texts = np.repeat(np.arange(4), counts)
+  texts, log_shares_T = np.repeat(np.arange(4), counts), jnp.log(counts / 8)
   context_D, catalogue_TD = vectors(n=4)[0][0], vectors(n=4)[1]
   def in_batch(context_D):
     context_ED = jnp.zeros((8, D)).at[3].set(context_D)  # of text 1
-    log_shares_E = jnp.log(counts[texts] / 8)
-    return info_nce(context_ED, catalogue_TD[texts], texts + 1, jnp.arange(8), log_shares_E, objective=objective)[3]
-  full = lambda context_D: -jax.nn.log_softmax(unit(catalogue_TD) @ unit(context_D[None])[0] / objective.temperature)[1]
+    return info_nce(context_ED, catalogue_TD[texts], texts + 1, jnp.arange(8), log_shares_T[texts], objective=objective)[3]
+  def full(context_D):
+    logits_T = unit(catalogue_TD) @ unit(context_D[None])[0] / objective.temperature
+    return -jax.nn.log_softmax(logits_T + (1 - correction) * log_shares_T)[1]
   np.testing.assert_allclose(jax.grad(in_batch)(context_D), jax.grad(full)(context_D), rtol=1e-5, atol=1e-6)
 
 
-def test_corrected_for_sampling_it_is_a_softmax_over_the_catalogue():
-  corrected = Objective(sampling_correction=True, mask_same_text=False)
-  check_full_softmax(corrected)
+@pytest.mark.parametrize('correction', [0.0, 0.6, 1.0])
+def test_it_is_a_softmax_over_the_catalogue_of_what_the_correction_says(correction):
+  objective = Objective(sampling_correction=correction, mask_same_text=False)
+  check_full_softmax(objective, correction)
   with pytest.raises(AssertionError):
-    check_full_softmax(dataclasses.replace(corrected, sampling_correction=False))
+    check_full_softmax(dataclasses.replace(objective, sampling_correction=0.3), correction)

@@ -29,10 +29,10 @@ def mesh(*shape: int):
                        devices=jax.devices()[:int(np.prod(shape))])
 
 
-def brute_force(users_UD, texts_TD, k, allowed_UT=None):
+def brute_force(users_UD, texts_TD, k, allowed_UT=None, bonus_T=0.0):
   """By float64 scores and a stable sort; a score is computed once for equal rows."""
   rows, numbers = np.unique(unit(texts_TD), axis=0, return_inverse=True)
-  scores_UT = (unit(users_UD).astype(np.float64) @ rows.T.astype(np.float64))[:, numbers.reshape(-1)]
+  scores_UT = (unit(users_UD).astype(np.float64) @ rows.T.astype(np.float64))[:, numbers.reshape(-1)] + bonus_T
   if allowed_UT is not None:
     scores_UT = np.where(allowed_UT, scores_UT, -np.inf)
   texts_UK = np.argsort(-scores_UT, axis=1, kind='stable')[:, :k].astype(np.int32)
@@ -42,9 +42,9 @@ def brute_force(users_UD, texts_TD, k, allowed_UT=None):
           np.pad(np.where(scores_UK == -np.inf, -1, texts_UK), more, constant_values=-1))
 
 
-def check(index, texts_TD, users_UD, k, allowed_UT=None):
+def check(index, texts_TD, users_UD, k, allowed_UT=None, bonus_T=0.0):
   scores_UK, texts_UK = index.top_k(users_UD, k, allowed_UT)
-  expected_UK, expected_texts_UK = brute_force(users_UD, texts_TD, k, allowed_UT)
+  expected_UK, expected_texts_UK = brute_force(users_UD, texts_TD, k, allowed_UT, bonus_T)
   assert scores_UK.dtype == np.float32 and texts_UK.dtype == np.int32 and texts_UK.shape == (len(users_UD), k)
   np.testing.assert_allclose(scores_UK, expected_UK, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(texts_UK, expected_texts_UK)  # no two texts of the fixture are nearly tied
@@ -81,6 +81,14 @@ def test_devices_hold_parts_of_the_texts_and_find_the_same(texts_TD, shape, allo
     np.testing.assert_array_equal(index.top_k(users(n_users), 9, allowed_UT)[1], one[1])
 
 
+@pytest.mark.parametrize('shape', [(1,), (4,)])
+@pytest.mark.parametrize('allowed', ['none', 'each'])
+def test_a_bonus_is_added_to_the_cosines(texts_TD, shape, allowed):
+  bonus_T = np.random.default_rng(3).integers(-8, 9, 600) / 8  # a few values, so that equal rows are tied still
+  index = DenseIndex(texts_TD, bonus_T=bonus_T, mesh=mesh(*shape), block=96)
+  check(index, texts_TD, users(40), 9, mask(allowed, 40, 600), bonus_T)
+
+
 def test_fewer_texts_than_devices(texts_TD):
   check(DenseIndex(texts_TD[:3], mesh=mesh(8)), texts_TD[:3], users(2), 5)
 
@@ -111,18 +119,18 @@ def test_searches_of_like_sizes_share_a_program(texts_TD):
     ('jnp.sort(lax.top_k(groups_UGB.max(axis=2), k)[1], axis=1)', 'lax.top_k(groups_UGB.max(axis=2), k)[1]'),
     ('groups_UGB.max(axis=2)', 'groups_UGB[:, :, 0]'),  # not a bound
     ('jnp.concatenate([best_UK, scores_UB], axis=1)', 'jnp.concatenate([best_UK, scores_UB], axis=1)[:, ::-1]'),
-    ('texts_UC + firsts[None]', 'texts_UC')])
+    ('texts_UC + firsts[None]', 'texts_UC'), ('scores_UB += bonus_B[None]', 'pass')])
 def test_a_mutant_is_found(texts_TD, monkeypatch, law, mutant):
   source = inspect.getsource(dense._merge)
   assert source.count(law) == 1
   names = dict(vars(dense))
   exec(source.replace(law, mutant), names)
-  allowed_UT = mask('each', 40, 600)
+  allowed_UT, bonus_T = mask('each', 40, 600), np.arange(600) % 5 / 4
   monkeypatch.setattr(dense, '_merge', names['_merge'])
   dense._merge_on.clear_cache()
   try:
     with pytest.raises(AssertionError):
-      check(DenseIndex(texts_TD, block=320), texts_TD, users(40), 9, allowed_UT)
+      check(DenseIndex(texts_TD, bonus_T=bonus_T, block=320), texts_TD, users(40), 9, allowed_UT, bonus_T)
   finally:
     dense._merge_on.clear_cache()
 
@@ -131,6 +139,8 @@ def test_a_mutant_is_found(texts_TD, monkeypatch, law, mutant):
     (lambda texts: DenseIndex(texts[0]), r'shape \(24,\)'),
     (lambda texts: DenseIndex(texts[:0]), r'shape \(0, 24\).*at least one text'),
     (lambda texts: DenseIndex(texts, block=0), 'block = 0'),
+    (lambda texts: DenseIndex(texts, bonus_T=np.ones(599)), r'bonus has shape \(599,\); give a finite number for each of 600'),
+    (lambda texts: DenseIndex(texts, bonus_T=np.full(600, np.nan)), 'give a finite number'),
     (lambda texts: DenseIndex(np.where(np.arange(600)[:, None] == 437, np.nan, texts), block=64), 'text 437 is not finite'),
     (lambda texts: DenseIndex(texts).top_k(users(2), 0), 'k = 0 texts; give at least 1'),
     (lambda texts: DenseIndex(texts).top_k(users(2)[:, :-1], 3), r'shape \(2, 23\); the texts ask for \[users, 24\]'),

@@ -167,9 +167,26 @@ def test_a_twin_that_nobody_buys_may_be_left_out_alone(loaded, index, prefix):
   assert dense(dataclasses.replace(options, candidates=place + 1)) == whole[:place + 1]
 
 
-def test_purchases_have_to_be_known(loaded, index):
-  with pytest.raises(UserError, match="duplicates = 'purchases': no purchases are known here"):
-    Rankers(loaded, index, ('dense',), RankerOptions(duplicates='purchases'))
+def test_dense_may_count_how_often_a_text_is_bought(loaded, index, prefix):
+  """cosine / τ + w · log P(text) over the whole catalogue, by plain loops; with the items' shares too."""
+  counts_I = np.random.default_rng(1).integers(0, 9, len(index.catalogue))
+  texts = index.trie.texts_I.tolist()
+  bought = [sum(count + 0.5 for count, of in zip(counts_I, texts, strict=True) if of == text) for text in texts]
+  options = RankerOptions(**OPTIONS | {'candidates': 6}, temperature=0.2)
+  everything = dataclasses.replace(options, candidates=len(texts))
+  for mine, cosines in zip(Rankers(loaded, index, ('dense',), dataclasses.replace(options, popularity=0.4), counts_I).rank(
+      prefix, None), Rankers(loaded, index, ('dense',), everything).rank(prefix, None), strict=True):
+    scores_I = np.empty(len(texts))
+    scores_I[cosines['dense'].items] = cosines['dense'].scores
+    scores_I += 0.2 * 0.4 * np.log(np.asarray(bought) / (counts_I + 0.5).sum())
+    agrees(mine['dense'], scores_I, index, candidates=6)
+    assert set(mine['dense'].items.tolist()) != set(cosines['dense'].items[:len(mine['dense'].items)].tolist())
+
+
+@pytest.mark.parametrize(('name', 'value'), [('duplicates', 'purchases'), ('popularity', 0.4)])
+def test_purchases_have_to_be_known(loaded, index, name, value):
+  with pytest.raises(UserError, match=f'rankers.{name} = {value!r}: no purchases are known here, .*; set it to '):
+    Rankers(loaded, index, ('dense',), RankerOptions(**{name: value}))
 
 
 def test_where_no_text_matches_no_more_than_the_candidates_are_listed(loaded, index, prefix):
@@ -227,7 +244,8 @@ def test_a_filter_ranks_as_an_index_of_the_allowed_items_does(catalogue, loaded,
 @pytest.mark.parametrize(('options', 'told'), [
     ({'candidates': 0}, 'rankers.candidates = 0'), ({'beam_width': -1}, 'rankers.beam_width = -1'),
     ({'shortlist_size': 0}, 'rankers.shortlist_size = 0'), ({'shortlist': 'fused'}, "rankers.shortlist = 'fused'"),
-    ({'epsilon': -1.0}, 'epsilon = -1.0'), ({'duplicates': 'best'}, "rankers.duplicates = 'best'"),
+    ({'epsilon': -1.0}, 'epsilon = -1.0'), ({'popularity': -0.1}, 'rankers.popularity = -0.1'),
+    ({'duplicates': 'best'}, "rankers.duplicates = 'best'"),
     ({'temperature': 0.0}, 'rankers.temperature = 0.0'),
     ({'duplicates': 'purchases', 'length_normalised': True}, 'leave one of them out')])
 def test_options_out_of_range_are_named(options, told):
