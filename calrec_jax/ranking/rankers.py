@@ -126,10 +126,9 @@ class Rankers:
     self._loaded, self._index = loaded, index
     self._log_shares_I = log_item_shares(counts_I, index.trie.texts_I) if options.duplicates == 'purchases' else None
     if 'dense' in self.needed:
-      self._by_cosine = index.dense
-      if options.popularity:
-        self._by_cosine = DenseIndex(index.texts_TD, bonus_T=options.temperature * options.popularity
-                                     * log_text_shares(counts_I, index.trie.texts_I))
+      self._nearest = index.dense if not options.popularity else DenseIndex(
+          index.texts_TD,
+          bonus_T=options.temperature * options.popularity * log_text_shares(counts_I, index.trie.texts_I))
     self._most = max(options.candidates, options.shortlist_size if 'likelihood' in self.needed else 0)
     self._fuses = [name for name in RANKERS[:-1] if name in (RANKERS if self.names == ('fused',) else self.names)]
     self._weights = read_weights(options.fusion) if options.fusion and 'fused' in self.needed else None
@@ -191,7 +190,7 @@ class Rankers:
 
   def _dense(self, prefix: Prefix, _: object, allowed_UI: np.ndarray | None, __: Mapping) -> list[Ranked]:
     k = min(self._most, self._index.trie.n_texts)
-    scores_UK, texts_UK = self._by_cosine.top_k(np.asarray(prefix.user_UD), k, self._texts(allowed_UI))
+    scores_UK, texts_UK = self._nearest.top_k(np.asarray(prefix.user_UD), k, self._texts(allowed_UI))
     return self._rankings(np.asarray(texts_UK), np.asarray(scores_UK), allowed_UI, self.options.temperature)
 
   def _likelihood(self, prefix: Prefix, _: object, allowed_UI: np.ndarray | None, found: Mapping[str, list[Ranked]]
