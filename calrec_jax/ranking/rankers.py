@@ -119,10 +119,10 @@ class Rankers:
     self.needed = needed_by(self.names, options.shortlist)
     if 'dense' in self.needed and index.texts_TD is None:
       raise UserError('The index has no embeddings, which `dense` needs; build it with `calrec index`.')
-    for name, neutral in (('duplicates', 'tied'), ('popularity', 0.0)):
-      if counts_I is None and (value := getattr(options, name)) != neutral:
-        raise UserError(f'rankers.{name} = {value!r}: no purchases are known here, but in `calrec infer`; set it to '
-                        f'{neutral!r}.')
+    for name in ('duplicates', 'popularity'):
+      if counts_I is None and getattr(options, name) != getattr(DEFAULTS, name):
+        raise UserError(f'rankers.{name} = {getattr(options, name)!r}: no purchases are known here, but in `calrec infer`; set '
+                        f'it to {getattr(DEFAULTS, name)!r}.')
     self._loaded, self._index = loaded, index
     self._log_shares_I = log_item_shares(counts_I, index.trie.texts_I) if options.duplicates == 'purchases' else None
     if 'dense' in self.needed:

@@ -9,6 +9,7 @@ from calrec_jax.ranking import dense
 from calrec_jax.ranking.dense import DenseIndex, unit
 
 DIM = 24
+BONUS_T = np.arange(600) % 5 / 4  # a few values, so that equal rows are tied still
 
 
 @pytest.fixture(scope='module')
@@ -84,9 +85,8 @@ def test_devices_hold_parts_of_the_texts_and_find_the_same(texts_TD, shape, allo
 @pytest.mark.parametrize('shape', [(1,), (4,)])
 @pytest.mark.parametrize('allowed', ['none', 'each'])
 def test_a_bonus_is_added_to_the_cosines(texts_TD, shape, allowed):
-  bonus_T = np.random.default_rng(3).integers(-8, 9, 600) / 8  # a few values, so that equal rows are tied still
-  index = DenseIndex(texts_TD, bonus_T=bonus_T, mesh=mesh(*shape), block=96)
-  check(index, texts_TD, users(40), 9, mask(allowed, 40, 600), bonus_T)
+  index = DenseIndex(texts_TD, bonus_T=BONUS_T, mesh=mesh(*shape), block=320 // shape[0])
+  check(index, texts_TD, users(40), 9, mask(allowed, 40, 600), BONUS_T)
 
 
 def test_fewer_texts_than_devices(texts_TD):
@@ -125,12 +125,12 @@ def test_a_mutant_is_found(texts_TD, monkeypatch, law, mutant):
   assert source.count(law) == 1
   names = dict(vars(dense))
   exec(source.replace(law, mutant), names)
-  allowed_UT, bonus_T = mask('each', 40, 600), np.arange(600) % 5 / 4
+  allowed_UT = mask('each', 40, 600)
   monkeypatch.setattr(dense, '_merge', names['_merge'])
   dense._merge_on.clear_cache()
   try:
     with pytest.raises(AssertionError):
-      check(DenseIndex(texts_TD, bonus_T=bonus_T, block=320), texts_TD, users(40), 9, allowed_UT, bonus_T)
+      check(DenseIndex(texts_TD, bonus_T=BONUS_T, block=320), texts_TD, users(40), 9, allowed_UT, BONUS_T)
   finally:
     dense._merge_on.clear_cache()
 

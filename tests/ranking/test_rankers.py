@@ -168,7 +168,7 @@ def test_a_twin_that_nobody_buys_may_be_left_out_alone(loaded, index, prefix):
 
 
 def test_dense_may_count_how_often_a_text_is_bought(loaded, index, prefix):
-  """cosine / τ + w · log P(text) over the whole catalogue, by plain loops; with the items' shares too."""
+  """cosine + τ · w · log P(text) over the whole catalogue, the shares by plain loops."""
   counts_I = np.random.default_rng(1).integers(0, 9, len(index.catalogue))
   texts = index.trie.texts_I.tolist()
   bought = [sum(count + 0.5 for count, of in zip(counts_I, texts, strict=True) if of == text) for text in texts]
