@@ -12,7 +12,7 @@ BASE = ['--name', 'vm', '--zone', 'z', '--poll', '0']
 # The VM is a folder: `state` and `home`. `ssh` runs the script here; what needs a network is faked. Each line of a cue is used
 # once: `refusals` are what `create` answers (an empty line: nothing), `requests` the states through which each queued resource
 # goes, one a look, `reasons` why one failed, `drops` the connections that break while the log is followed, `lost_starts` those
-# that break when the command has just been started, `workers` what all of them answer.
+# that break when the command has just been started, `no_outcomes` when it is asked for, `workers` what all workers answer.
 FAKE_GCLOUD = '''#!PYTHON -IS
 import json, os, pathlib, re, shutil, sys
 cloud = pathlib.Path(os.environ['FAKE_CLOUD'])
@@ -88,6 +88,7 @@ elif verb == 'ssh':
   if 'hostname' in script and (answer := take('workers')):
     print(answer.replace(';', chr(10)))
     sys.exit(0)
+  if 'cat exit' in script and take('no_outcomes'): sys.exit(255)
   if 'tail -n' in script and take('drops'):
     first = int(re.search(r'tail -n [+](.*?) ', script)[1])
     sys.stdout.writelines((home / 'calrec_run/log').read_text().splitlines(keepends=True)[first - 1:])

@@ -85,6 +85,7 @@ def test_a_command_that_still_runs_is_only_followed(cloud):
   first, second = cloud.start(), None
   try:
     assert first.stdout.readline() == 'line of run 1\n'
+    cloud.cue('no_outcomes', 'a connection that breaks when the second asks')
     second = cloud.start()
     assert second.stdout.readline() == 'line of run 1\n'
     cloud.cue('hold', '')
