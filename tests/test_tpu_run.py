@@ -419,6 +419,9 @@ def test_a_dry_run_needs_no_gcloud(tmp_path):
     ([*BASE, '--poll=soon', '--', 'train'], "--poll 'soon'"),
     ([*BASE, '--bucket', 'b; rm', '--', 'train'], '--bucket'),
     ([*BASE, '--data', '/no/such/folder', '--', 'train'], 'is not a folder'),
+    ([*BASE, '--fetch', 'runs', '--', 'train'], '--fetch needs FOLDER and LOCAL'),
+    ([*BASE, '--fetch', 'runs', '/dev/null', '--', 'train'], "'/dev/null' is not a folder"),
+    ([*BASE, '--delete', '--'], 'no command'),
 ])
 def test_wrong_usage_is_one_line_and_code_2(cloud, words, said):
   done = subprocess.run([TPU_RUN, *words], env=cloud.env, capture_output=True, text=True)
