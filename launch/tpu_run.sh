@@ -27,11 +27,13 @@
 #   --delete           deletes the VM without asking: when the command has ended, well or not, or was given up
 #   --dry_run          prints every gcloud command, runs none
 #
-# At the end nothing is deleted where there is no terminal to ask on and no --delete, on a signal, or when results could not be fetched.
+# At the end nothing is deleted where there is no terminal to ask on and no --delete, on a signal, or when results could not
+# be fetched.
 #
 # Exit code: the command's own. 75 from the command means "interrupted, goes on from the newest checkpoint", as does its
 # death by a signal: it is started again on all workers. 1: gcloud, the installation or fetching failed, 2: wrong usage,
-# 3: too many restarts, or no answer, 129, 130, 143: a signal. Lack of quota or of a permission ends the script, lack of capacity does not.
+# 3: too many restarts, or no answer, 129, 130, 143: a signal. Lack of quota or of a permission ends the script, lack of
+# capacity does not.
 # Signing in is gcloud's affair (gcloud auth login); no secret is read or stored here.
 # With several workers, gcloud's ssh key must be loaded: ssh-add ~/.ssh/google_compute_engine
 #
@@ -335,7 +337,9 @@ find_outcome() {
 }
 
 # After a lost connection: whether the command was started on all workers all the same.
-runs_everywhere() { remote all "$outcomes_script" >"$scratch/outcome" 2>/dev/null && ! grep -qv ' running$' "$scratch/outcome"; }
+runs_everywhere() {
+  remote all "$outcomes_script" >"$scratch/outcome" 2>/dev/null && ! grep -qv ' running$' "$scratch/outcome"
+}
 
 # Worker 0's log, from where it was last seen.
 follow() { remote 0 "$(follow_script $(($(wc -l <"$scratch/log") + 1)))" | tee -a "$scratch/log"; }
