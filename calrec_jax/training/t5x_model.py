@@ -150,8 +150,8 @@ class CALRecModel(models.BaseTransformerModel):
     Raises UserError where T5X has cut the batch.
     """
     if dropout_rng is not None and len(batch['tokens']) != self._train_rows:
-      raise UserError(f'Trainer.num_microbatches: {len(batch["tokens"])} rows of {self._train_rows} have no loss of their own, as '
-                      'the spans of a batch are compared with each other; leave it at None, and set CALRecModel.microbatches.')
+      raise UserError(f'Trainer.num_microbatches: {len(batch["tokens"])} of {self._train_rows} rows have no loss of their own, '
+                      'for the spans of a batch are compared with each other; leave it None, and set CALRecModel.microbatches.')
     with _on_t5x_mesh():
       if dropout_rng is None:
         loss, terms = self.module.apply({'params': params}, of_batch(batch))
