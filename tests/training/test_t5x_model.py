@@ -49,7 +49,7 @@ def make_model(store, lengths=LENGTHS, **changes) -> CALRecModel:
 
 def make_batch(model, rows=8, *, task='stage1_mixture', split='train', pack=True, lengths=LENGTHS, seed=1):
   converter = model.FEATURE_CONVERTER_CLS(pack=pack, use_custom_packing_ops=False)
-  dataset = seqio.get_dataset(task, lengths, split, shuffle=pack, seed=seed, feature_converter=converter)
+  dataset = seqio.get_dataset(task, lengths, dataset_split=split, shuffle=pack, seed=seed, feature_converter=converter)
   return next(dataset.batch(rows).as_numpy_iterator())
 
 
