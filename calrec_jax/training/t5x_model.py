@@ -49,8 +49,8 @@ _PADDING = 0  # what T5X expects after a text's end
 
 
 def additional_axis_rules() -> list[tuple[str, str | None]]:
-  """The logical axes that T5X's standard rules lack, mapped as in `AXIS_RULES`: for `standard_logical_axis_rules`."""
-  return [(name, axes) for name, axes in partitioning.AXIS_RULES.items() if name not in _T5X_KNOWS]
+  """The logical axes that T5X's standard rules lack, for `standard_logical_axis_rules`: its mesh has no `fsdp` axis."""
+  return [(name, axes if axes == 'model' else None) for name, axes in partitioning.AXIS_RULES.items() if name not in _T5X_KNOWS]
 
 
 def learning_rate(optimizer: Optimizer, train_steps: int) -> optax.Schedule:

@@ -132,7 +132,7 @@ def test_constraints_hold_on_the_mesh_of_t5x(model, batch, monkeypatch):
   seen, plain = [], head._batch_devices
   monkeypatch.setattr(head, '_batch_devices', lambda: seen.append(plain()) or seen[-1])
   t5x_step(model, batch)
-  assert set(seen) == {4}
+  assert seen[-1] == 4  # the first are of the parameters' making, on no mesh
   monkeypatch.setattr(t5x_model, '_on_t5x_mesh', t5x_model.contextlib.nullcontext)
   t5x_step(model, batch)
   assert seen[-1] == 1
@@ -141,14 +141,17 @@ def test_constraints_hold_on_the_mesh_of_t5x(model, batch, monkeypatch):
 def test_dropout_is_in_training_alone(tiny_store, batch):
   model = make_model(tiny_store, decoder=dataclasses.replace(tiny.DECODER, dropout=0.3))
   params = model.get_initial_variables(jax.random.key(0), {name: array.shape for name, array in batch.items()})['params']
-  loss = lambda rng: float(model.loss_fn(params, batch, rng)[0])
-  assert loss(jax.random.key(1)) != loss(jax.random.key(2)) != loss(None) == float(model.eval_fn(params, batch)[0])
+  trained = jax.jit(lambda rng: model.loss_fn(params, batch, rng)[0])
+  evaluated = float(jax.jit(lambda: model.eval_fn(params, batch)[0])())
+  assert len({float(trained(jax.random.key(1))), float(trained(jax.random.key(2))), evaluated}) == 3
+  without = make_model(tiny_store)
+  assert evaluated == float(jax.jit(lambda: without.eval_fn(params, batch)[0])())
 
 
 def test_metrics_of_several_batches_are_those_of_validation(model, batch, stepped):
   batches = [batch, {name: array[:3] for name, array in make_batch(model, seed=2).items()}]
-  terms = [model.module.apply({'params': stepped[0]}, of_batch(each))[1] for each in batches]
-  metrics = [model.eval_fn(stepped[0], each)[1] for each in batches]
+  terms = [jax.jit(model.module.apply)({'params': stepped[0]}, of_batch(each))[1] for each in batches]
+  metrics = [jax.jit(model.eval_fn)(stepped[0], each)[1] for each in batches]
   merged = {name: metrics[0][name].merge(metrics[1][name]).compute() for name in ('nig', 'tt', 'ut', 'spans')}
   whole = mean_losses(terms, tiny.OBJECTIVE)
   for name in ('nig', 'tt', 'ut'):
@@ -176,7 +179,7 @@ def teacher_forced(model, params, batch, tokens_BT):
     whole[row, length:length + T] = tokens_BT[row]
   positions = np.tile(np.arange(size, dtype=np.int32), (len(whole), 1))
   rows = {'tokens': whole, 'segments': np.ones_like(whole), 'positions': positions}
-  logits_BLV = np.asarray(model._compute_logits(params, rows))
+  logits_BLV = np.asarray(jax.jit(model._compute_logits)(params, rows))
   at = lengths_B[:, None] - 1 + np.arange(T)[None]
   logits_BTV = np.take_along_axis(logits_BLV, at[..., None], axis=1)
   logprobs = np.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BT[..., None], axis=-1)[..., 0]
@@ -218,7 +221,7 @@ def test_samples_come_most_probable_first_with_their_log_probabilities(tiny_stor
 
 def test_scores_are_the_exact_log_likelihoods_of_the_targets(reading):
   loaded, params, model, batch = reading
-  scores_B, towers = jax.device_get(model.score_batch(params, batch, return_intermediates=True))
+  scores_B, towers = jax.device_get(jax.jit(lambda: model.score_batch(params, batch, return_intermediates=True))())
   lengths_B = np.argmax(batch['loss_weights'] != 0, axis=1) + 1
   n_target = batch['loss_weights'].sum(axis=1).astype(int) - 1
   targets = np.zeros((len(scores_B), 1, n_target.max()), np.int32)
@@ -228,9 +231,10 @@ def test_scores_are_the_exact_log_likelihoods_of_the_targets(reading):
   exact = log_likelihoods(loaded.decoder, loaded.by_layer, prefix, targets, n_target[:, None], eos_id=loaded.vocabulary.eos_id)
   np.testing.assert_allclose(scores_B, exact[:, 0], rtol=1e-5)
   np.testing.assert_allclose(towers['user'][0], prefix.user_UD, atol=1e-5)
-  embedded = model.module.apply({'params': params}, of_batch(batch), method=TwoTower.embed)
+  run = lambda method: jax.jit(lambda: model.module.apply({'params': params}, of_batch(batch), method=method))()
+  embedded = run(TwoTower.embed)
   np.testing.assert_allclose(towers['target'][0], embedded.target_BED[:, 0], atol=1e-6)
-  nll = model.module.apply({'params': params}, of_batch(batch), method=TwoTower.rows)[0]
+  nll = run(TwoTower.rows)[0]
   np.testing.assert_allclose(-scores_B.sum(), nll, rtol=1e-5)
 
 
@@ -266,8 +270,8 @@ def check_same(model, batch, ours, theirs):
   ours, theirs = jax.tree.map(np.asarray, dict(ours)), jax.tree.map(np.asarray, flax.core.unfreeze(theirs))
   assert flat(ours).keys() == flat(theirs).keys()
   assert all(np.array_equal(flat(ours)[name], leaf) for name, leaf in flat(theirs).items())
-  loss = model.module.apply({'params': ours}, of_batch(batch))[0]
-  assert float(model.eval_fn(theirs, batch)[1]['loss'].compute()) == float(loss)
+  loss = jax.jit(model.module.apply)({'params': ours}, of_batch(batch))[0]
+  assert float(jax.jit(model.eval_fn)(theirs, batch)[0]) == float(loss)
 
 
 def test_t5x_reads_an_exported_checkpoint(model, batch, trained_run, tmp_path):
