@@ -308,19 +308,25 @@ def chain(tiny_store, tmp_path_factory):
   return out
 
 
+def logged(folder: pathlib.Path) -> dict[tuple[str, int], float]:
+  """(name, step) to value of the terms in T5X's events, beside which there is text."""
+  names = ('loss', 'nig', 'tt', 'ut', 'learning_rate')
+  return {key: value for name in names for key, value in tiny.scalars(folder, name).items()}
+
+
 @pytest.mark.slow
-def test_t5x_trains_both_stages(chain, tiny_store):
-  losses = {stage: tiny.scalars(chain / f'{stage}/train') for stage in ('stage1', 'stage2')}
+def test_t5x_trains_both_stages(chain):
+  losses = {stage: logged(chain / f'{stage}/train') for stage in ('stage1', 'stage2')}
   assert {'loss', 'nig', 'tt', 'ut', 'learning_rate/current'} <= {name for name, _ in losses['stage1']}
   assert losses['stage2']['loss', 3] < losses['stage1']['loss', 5]
   assert losses['stage2']['nig', 3] < losses['stage1']['nig', 5] and losses['stage2']['tt', 3] > 0
-  judged = tiny.scalars(chain / 'stage2/training_eval/books')
+  judged = logged(chain / 'stage2/training_eval/books')
   assert 0 < judged['loss', 3] < losses['stage1']['loss', 5]
   assert sorted(path.name for path in (chain / 'stage2').glob('checkpoint_*')) == ['checkpoint_0', 'checkpoint_3']
 
 
 @pytest.mark.slow
-def test_t5x_infers_for_every_user(chain, reading):
+def test_t5x_infers_for_every_user(chain):
   rows = {mode: [json.loads(line) for line in (chain / f'infer/books-{mode}.jsonl-00000-of-00001').read_text().splitlines()]
           for mode in ('predict', 'score')}
   assert len(rows['predict']) == len(rows['score']) == 40
@@ -334,7 +340,7 @@ def test_t5x_evaluates_the_task_and_the_losses(chain):
   metrics = json.loads(next((chain / 'eval').rglob('books-metrics.jsonl')).read_text().splitlines()[-1])
   np.testing.assert_allclose(metrics['log_likelihood'], np.mean(scores), rtol=1e-5)
   assert 0 <= metrics['exact_match'] <= 1
-  losses = tiny.scalars(chain / 'eval/training_eval/books')
+  losses = logged(chain / 'eval/training_eval/books')
   assert {'loss', 'nig', 'tt', 'ut'} <= {name for name, _ in losses} and losses['loss', 3] > 0
 
 
