@@ -4,6 +4,7 @@
 `calrec.json` and `vocabulary.json`, which say what the weights are of: gin/t5x/stage1.gin has them written.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -113,20 +114,18 @@ def _write_gin(folder: pathlib.Path, name: str, config: DecoderConfig, pretraine
 def _read(state: pathlib.Path, config: DecoderConfig) -> dict[Path, np.ndarray]:
   """The decoder's parameters, float32. UserError unless the tree has them all, in their shapes, and no others."""
   wanted = {('target', 'decoder', *path): leaf for path, leaf in flat_shapes(config).items()}
-  handler = ocp.PyTreeCheckpointHandler()
-  with ocp.Checkpointer(handler) as checkpointer:
+  item = traverse_util.unflatten_dict(wanted)
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), item)
+  # The handler alone: a Checkpointer warns of a file that T5X keeps in another place.
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     try:
-      tree = checkpointer.metadata(state).item_metadata.tree
-      there = {path: leaf for path, leaf in traverse_util.flatten_dict(tree).items() if path[0] == 'target'}
+      there = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(handler.metadata(state).tree).items()
+               if path[0] == 'target'}
     except Exception as error:  # Orbax and TensorStore raise many kinds for what is not theirs
       raise _damaged(state, error) from error
-    _check(state, {path: tuple(leaf.shape) for path, leaf in there.items()},
-           {path: leaf.shape for path, leaf in wanted.items()})
-    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32)
-    item = traverse_util.unflatten_dict(wanted)
+    _check(state, there, {path: leaf.shape for path, leaf in wanted.items()})
     try:
-      read = checkpointer.restore(state, args=ocp.args.PyTreeRestore(
-          item, restore_args=jax.tree.map(lambda _: as_numpy, item), partial_restore=True))
+      read = handler.restore(state, args=ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True))
     except Exception as error:
       raise _damaged(state, error) from error
   return traverse_util.flatten_dict(read['target']['decoder'])
