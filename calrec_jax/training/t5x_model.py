@@ -8,7 +8,6 @@ Axes: B rows, L joint length, P prefix length, T tokens of a target with its end
 R = B · N.
 """
 
-import contextlib
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ from clu import metrics as clu_metrics
 from flax import core as flax_core
 from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
-from jax.interpreters import pxla
 from t5x import gin_utils, models, optimizers
 from t5x import metrics as t5x_metrics
 
@@ -152,13 +150,12 @@ class CALRecModel(models.BaseTransformerModel):
     if dropout_rng is not None and len(batch['tokens']) != self._train_rows:
       raise UserError(f'Trainer.num_microbatches: {len(batch["tokens"])} of {self._train_rows} rows have no loss of their own, '
                       'for the spans of a batch are compared with each other; leave it None, and set CALRecModel.microbatches.')
-    with _on_t5x_mesh():
-      if dropout_rng is None:
-        loss, terms = self.module.apply({'params': params}, of_batch(batch))
-      elif self._microbatches > 1:
-        loss, terms = self._loss_in_parts(params, of_batch(batch), dropout_rng)
-      else:
-        loss, terms = self.module.apply({'params': params}, of_batch(batch), train=True, rngs={'dropout': dropout_rng})
+    if dropout_rng is None:
+      loss, terms = self.module.apply({'params': params}, of_batch(batch))
+    elif self._microbatches > 1:
+      loss, terms = self._loss_in_parts(params, of_batch(batch), dropout_rng)
+    else:
+      loss, terms = self.module.apply({'params': params}, of_batch(batch), train=True, rngs={'dropout': dropout_rng})
     return loss, as_metrics(terms)
 
   def _loss_in_parts(self, params: Any, batch: Batch, dropout_rng: jax.Array) -> tuple[jax.Array, Terms]:
@@ -179,11 +176,10 @@ class CALRecModel(models.BaseTransformerModel):
     """
     lengths_B = _prefix_lengths(batch)
     vocabulary, T = self.output_vocabulary, self._max_new_tokens or self._longest_target(batch)
-    with _on_t5x_mesh():
-      tokens_BNT, logprobs_BN = generate(
-          self.module.decoder, flax_core.unfreeze(params)['decoder'], batch['tokens'], lengths_B, rng, bos=self.module.bos,
-          n_samples=self._n_samples, temperature=self._temperature, max_new_tokens=T, eos_id=vocabulary.eos_id,
-          allowed_V=writable(vocabulary, self.module.decoder.config.vocab_size))
+    tokens_BNT, logprobs_BN = generate(
+        self.module.decoder, flax_core.unfreeze(params)['decoder'], batch['tokens'], lengths_B, rng, bos=self.module.bos,
+        n_samples=self._n_samples, temperature=self._temperature, max_new_tokens=T, eos_id=vocabulary.eos_id,
+        allowed_V=writable(vocabulary, self.module.decoder.config.vocab_size))
     order_BN = jnp.argsort(-logprobs_BN, axis=1, stable=True)
     logprobs_BN = jnp.take_along_axis(logprobs_BN, order_BN, axis=1)
     tokens_BNT = jnp.take_along_axis(tokens_BNT, order_BN[..., None], axis=1)
@@ -197,23 +193,21 @@ class CALRecModel(models.BaseTransformerModel):
     lengths_B, T = _prefix_lengths(batch), self._longest_target(batch)
     at_BT = lengths_B[:, None] - 1 + jnp.arange(T)[None]
     pick = lambda x_BL: jnp.take_along_axis(x_BL, at_BT, axis=1, mode='fill', fill_value=0)
-    with _on_t5x_mesh():
-      hidden_BLD = self.module.apply({'params': params}, batch, method=TwoTower.joint)
-      hidden_BTD = jnp.take_along_axis(hidden_BLD, at_BT[..., None], axis=1, mode='fill', fill_value=0)
-      logits_BTV = self.module.decoder.apply({'params': params['decoder']}, hidden_BTD, method='logits')
-      scores_B = jnp.sum(pick(batch['loss_weights']) * _chosen_logprobs(logits_BTV, pick(batch['labels'])), axis=1)
-      if not return_intermediates:
-        return scores_B
-      towers = self.module.apply({'params': params}, of_batch(batch), method=TwoTower.embed)
+    hidden_BLD = self.module.apply({'params': params}, batch, method=TwoTower.joint)
+    hidden_BTD = jnp.take_along_axis(hidden_BLD, at_BT[..., None], axis=1, mode='fill', fill_value=0)
+    logits_BTV = self.module.decoder.apply({'params': params['decoder']}, hidden_BTD, method='logits')
+    scores_B = jnp.sum(pick(batch['loss_weights']) * _chosen_logprobs(logits_BTV, pick(batch['labels'])), axis=1)
+    if not return_intermediates:
+      return scores_B
+    towers = self.module.apply({'params': params}, of_batch(batch), method=TwoTower.embed)
     return scores_B, {'user': (towers.user_BED[:, 0],), 'context': (towers.context_BED[:, 0],),
                       'target': (towers.target_BED[:, 0],)}
 
   def _compute_logits(self, params: Any, batch: Batch, dropout_rng: jax.Array | None = None) -> jax.Array:
     """float32 [B, L, V]: of the token that follows each one of a row. The losses do not come here: they need few of them."""
-    with _on_t5x_mesh():
-      hidden_BLD = self.module.apply({'params': params}, batch, train=dropout_rng is not None, method=TwoTower.joint,
-                                     rngs=None if dropout_rng is None else {'dropout': dropout_rng})
-      return self.module.decoder.apply({'params': params['decoder']}, hidden_BLD, method='logits')
+    hidden_BLD = self.module.apply({'params': params}, batch, train=dropout_rng is not None, method=TwoTower.joint,
+                                   rngs=None if dropout_rng is None else {'dropout': dropout_rng})
+    return self.module.decoder.apply({'params': params['decoder']}, hidden_BLD, method='logits')
 
   def _longest_target(self, batch: Batch) -> int:
     """Tokens of a target with its end: rows that are not packed have as many alone positions, but for BOS and the end."""
@@ -300,12 +294,3 @@ def _prefix_lengths(batch: Batch) -> jax.Array:
   if batch['span_texts'].shape[1] != 1:
     raise ValueError('Packed rows hold several prefixes; set DatasetConfig.pack = False.')
   return jnp.argmax(batch['loss_weights'] != 0, axis=1).astype(jnp.int32) + 1
-
-
-def _on_t5x_mesh() -> contextlib.AbstractContextManager:
-  """Inside, modules' logical constraints hold on the mesh that T5X compiles for.
-
-  T5X enters it as `with mesh:`, under which Flax passes over them in silence; the rules are T5X's.
-  """
-  mesh = pxla.thread_resources.env.physical_mesh
-  return contextlib.nullcontext() if mesh.empty else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
