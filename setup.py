@@ -36,7 +36,11 @@ EXTRAS = {
     'cuda': ['jax[cuda12]>=0.10.2'],
     'gguf': ['gguf>=0.17'],
     'beam': ['apache-beam>=2.60'],
-    't5x': ['t5x @ git+https://github.com/google-research/t5x'],  # not on PyPI
+    # Not on PyPI: the commits that were seen working. They ask for git heads of each other: the README installs them without.
+    't5x': ['t5x @ git+https://github.com/google-research/t5x@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16',
+            'airio @ git+https://github.com/google/airio@69897df7d9a427b947a9f7bb4164c7782b43e601',
+            'jestimator @ git+https://github.com/google-research/jestimator@326824a477feef6d92e6f44175000907a72899ca',
+            'chex>=0.1.92', 'fiddle>=0.3.1', 'cached_property>=2.0', 'jaxtyping>=0.3.11', 'grain>=0.2.18'],
     'bench': ['torch>=2.9', 'transformers>=5.0', 'accelerate>=1.0', 'gguf>=0.17', 'rank_bm25>=0.2.2', 'bm25s>=0.3',
               'numba>=0.60'],
     # torch and transformers are the other side of the parity tests; transformers reads GGUF files with accelerate only.

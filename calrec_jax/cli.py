@@ -109,7 +109,15 @@ def _vocabulary(options: argparse.Namespace) -> Outcome:
 
 def _import(options: argparse.Namespace) -> Outcome:
   quiet_tensorflow.load()
-  from calrec_jax.pretrained import importing
+  from calrec_jax.pretrained import importing, t5x_checkpoints
+  if t5x_checkpoints.find(options.source):
+    if (options.dtype, options.eos_token, options.bos_token) != ('auto', None, None):
+      raise UserError(f'{options.source}: is a checkpoint of T5X, which brings its type and vocabulary; leave --dtype, '
+                      '--eos_token and --bos_token out.')
+    report = t5x_checkpoints.import_checkpoint(options.source, options.out)
+    return report, (f'Wrote {report["out"]}: {report["parameters"]:,} parameters of step {report["step"]}; '
+                    f"train with --gin_file={report['out']}/{importing.GIN_FILE} and "
+                    f"--gin.INITIAL_CHECKPOINT_PATH='\"{report['out']}\"'.")
   report = importing.import_model(options.source, options.out, dtype=options.dtype, eos_token=options.eos_token,
                                   bos_token=options.bos_token)
   return report, (
@@ -124,7 +132,13 @@ def _import(options: argparse.Namespace) -> Outcome:
 
 def _export(options: argparse.Namespace) -> Outcome:
   quiet_tensorflow.load()
-  from calrec_jax.pretrained import exporting
+  from calrec_jax.pretrained import exporting, importing, t5x_checkpoints
+  if options.format == 't5x':
+    if options.metrics:
+      raise UserError('--metrics: go into the model card of a Hugging Face folder; leave it out with --format t5x.')
+    report = t5x_checkpoints.export_checkpoint(options.checkpoint, options.out)
+    return report, (f'Wrote {report["checkpoint"]}: {report["parameters"]:,} parameters, for T5X; give '
+                    f'--gin_file={report["out"]}/{importing.GIN_FILE} after a file of gin/t5x.')
   report = exporting.export_model(options.checkpoint, options.out, metrics=options.metrics)
   return report, (f'Wrote {report["out"]}: {report["architecture"]}, {report["parameters"]:,} parameters of {report["dtype"]} '
                   f'in {report["files"]} file(s), for transformers.AutoModelForCausalLM.')
@@ -302,7 +316,8 @@ def parser() -> argparse.ArgumentParser:
   verb = _verb(verbs, 'import', _import, 'turn a pretrained model into a checkpoint to start from',
                'calrec import --from SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2')
   verb.add_argument('--from', required=True, dest='source', metavar='DIR_OR_GGUF',
-                    help='Hugging Face folder (config.json, safetensors, tokenizer) or GGUF file')
+                    help='Hugging Face folder (config.json, safetensors, tokenizer), GGUF file, or T5X run (or its '
+                    'checkpoint_<step>)')
   verb.add_argument('--out', required=True, help='checkpoint to write')
   verb.add_argument('--dtype', default='auto', choices=('auto', 'float32', 'bfloat16'),
                     help='of the weights; auto: bfloat16 if the source has nothing else (default %(default)s)')
@@ -331,10 +346,11 @@ def parser() -> argparse.ArgumentParser:
                "calrec score --checkpoint runs/smollm2 --text 'The capital of France is Paris.'")
   verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')
   verb.add_argument('--text', required=True, help='what is read')
-  verb = _verb(verbs, 'export', _export, 'write a checkpoint as a Hugging Face folder, with its tokenizer and a model card',
+  verb = _verb(verbs, 'export', _export, 'write a checkpoint as a Hugging Face folder, with a tokenizer and a card, or for T5X',
                'calrec export --checkpoint runs/stage2 --out exported --metrics runs/evaluate/metrics.json')
   verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')
   verb.add_argument('--out', required=True, help='folder to write')
+  verb.add_argument('--format', default='huggingface', choices=('huggingface', 't5x'), help='(default %(default)s)')
   verb.add_argument('--metrics', metavar='FILE', help='metrics.json of `calrec evaluate`, for the model card')
   return root
 

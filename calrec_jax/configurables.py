@@ -4,6 +4,7 @@
 """
 
 import difflib
+import functools
 import logging
 import pathlib
 import re
@@ -37,8 +38,16 @@ CONFIGURABLES = {
     'sample': generate, 'rankers': RankerOptions, 'infer': runs.infer, 'bm25': Bm25Options, 'ranking': evaluate,
     'evaluate': runs.rank}
 
+VERBS = ('train', 'infer', 'evaluate')  # T5X's scripts have functions of these names: beside them ours are not to be registered
 for _name, _target in CONFIGURABLES.items():
-  gin.external_configurable(_target, name=_name, module='calrec')
+  if _name not in VERBS:
+    gin.external_configurable(_target, name=_name, module='calrec')
+
+
+@functools.cache
+def _register_verbs() -> None:
+  for name in VERBS:
+    gin.external_configurable(CONFIGURABLES[name], name=name, module='calrec')
 
 
 def search_paths() -> list[str]:
@@ -49,6 +58,7 @@ def search_paths() -> list[str]:
 
 def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> None:
   """Reads gin files in turn, then bindings (`NAME=VALUE`). Raises UserError for anything that does not apply."""
+  _register_verbs()
   gin.clear_config()
   # gin keeps search paths for the life of the process; ours are of this call.
   gin.config._LOCATION_PREFIXES[:] = [*paths, *search_paths()]

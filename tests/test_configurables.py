@@ -12,7 +12,8 @@ from calrec_jax import cli, configurables
 from calrec_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'gin').rglob('*.gin'))
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'gin').rglob('*.gin') if path.parent.name != 't5x')
+T5X_FILES = sorted((ROOT / 'gin/t5x').glob('*.gin'))  # T5X reads them, and its own that they include
 GIVEN = {'MODEL_DIR': 'm', 'DATA_DIR': 'd', 'VOCABULARY': 'v', 'TRAIN_STEPS': 7, 'MIXTURE_OR_TASK_NAME': 't',
          'INITIAL_CHECKPOINT_PATH': 'i', 'CHECKPOINT_PATH': 'c', 'INFER_OUTPUT_DIR': 'o', 'EVAL_OUTPUT_DIR': 'e'}
 
@@ -51,7 +52,24 @@ def test_every_file_parses_with_its_required_macros(file):
     assert name in header, f'{file} requires {name} and does not say so'
 
 
+def t5x_macros(path: pathlib.Path) -> dict[str, str]:
+  """Each macro that a file of gin/t5x, or one that it includes, sets: as text, the last one wins."""
+  text = path.read_text()
+  included = re.findall("^include '(gin/.*)'", text, re.M)
+  values = {name: value for file in included for name, value in t5x_macros(ROOT / file).items()}
+  return values | dict(re.findall(r'^([A-Z][A-Z0-9_]*) = (.*)$', text, re.M))
+
+
+@pytest.mark.parametrize('path', T5X_FILES, ids=lambda path: path.stem)
+def test_files_of_t5x_say_what_they_require(path):
+  asked = {name for name, value in t5x_macros(path).items() if value == '%gin.REQUIRED'}
+  header = re.match(r'(#.*\n)*', path.read_text())[0].partition('Commonly overridden')[0]
+  assert {'DATA_DIR', 'VOCABULARY'} <= asked and [name for name in asked if name not in header] == []
+
+
 def test_the_shipped_files_are_found():
+  assert [path.stem for path in T5X_FILES] == ['eval', 'infer', 'model', 'stage1', 'stage2']
+
   assert {'gin/runs/paper.gin', 'gin/runs/stage1.gin', 'gin/runs/stage2.gin', 'gin/runs/infer.gin', 'gin/runs/evaluate.gin',
           'gin/models/tiny.gin'} <= set(FILES)
   ablations = ('no_contrastive', 'no_tt', 'no_ut', 'stage1_only', 'stage2_only')

@@ -115,9 +115,23 @@ def undeclared(sources: dict[str, str], declared: set[str]) -> set[str]:
 def test_every_import_is_asked_for():
   # seqio cannot work without tensorflow, and says so through tensorflow-text.
   declared = {_normal(name) for name in _declared()['install_requires']} | {'tensorflow', 'jaxlib'}
-  sources = {str(path): path.read_text() for path in (ROOT / 'calrec_jax').rglob('*.py')}
+  sources = {path.name: path.read_text() for path in (ROOT / 'calrec_jax').rglob('*.py')}
+  assert undeclared({'t5x_model.py': sources.pop('t5x_model.py')}, declared) <= {'t5x'}  # which only T5X imports
   assert undeclared(sources, declared) == set()
   assert undeclared({'a.py': 'import torch\nimport os\n'}, declared) == {'torch'}
+
+
+def test_only_one_module_imports_t5x():
+  importing = [path.name for path in (ROOT / 'calrec_jax').rglob('*.py')
+               if re.search(r'^\s*(import|from) (t5x|airio|jestimator)\b', path.read_text(), re.M)]
+  naming = [path.name for path in (ROOT / 'calrec_jax').rglob('*.py') if 't5x_model' in path.read_text()]
+  assert importing == ['t5x_model.py'] and naming == []
+
+
+def test_t5x_is_asked_for_at_the_commits_that_the_readme_names():
+  commits = re.findall(r'git\+(\S+@[0-9a-f]{40})', ' '.join(_declared()['extras_require']['t5x']))
+  readme = (ROOT / 'README.md').read_text()
+  assert len(commits) == 3 and all(commit in readme for commit in commits)
 
 
 def test_no_extra_of_the_tests_is_needed_to_use_the_package():

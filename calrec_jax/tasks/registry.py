@@ -20,6 +20,7 @@ import seqio
 import tensorflow as tf
 
 from calrec_jax.errors import UserError
+from calrec_jax.tasks import seqio_metrics
 from calrec_jax.tasks.categories import CATEGORIES
 from calrec_jax.tasks.source import HistoriesSource
 from calrec_jax.text.item_tokens import item_tokens, prompt_tokens, user_tokens
@@ -116,7 +117,8 @@ def _register_task(name: str, source: HistoriesSource, vocabulary: TokenizerVoca
       name, source=source,
       preprocessors=[tokenize_pieces, seqio.CacheDatasetPlaceholder(), join_pieces,
                      seqio.preprocessors.append_eos_after_trim],
-      output_features={'inputs': seqio.Feature(vocabulary, add_eos=False), 'targets': seqio.Feature(vocabulary)})
+      output_features={'inputs': seqio.Feature(vocabulary, add_eos=False), 'targets': seqio.Feature(vocabulary)},
+      metric_fns=[seqio_metrics.exact_match, seqio_metrics.log_likelihood])
 
 
 def tokenize_pieces(dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]) -> tf.data.Dataset:

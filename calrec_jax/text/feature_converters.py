@@ -138,8 +138,11 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
     shapes = self.shapes(task_feature_lengths)
     pairs = ds.map(lambda example: (example['inputs'], example['targets']))
     spec = {name: tf.TensorSpec(shape[1:], dtype) for name, (shape, dtype) in shapes.features().items()}
-    return tf.data.Dataset.from_generator(
+    rows = tf.data.Dataset.from_generator(
         lambda: self._rows(pairs.as_numpy_iterator(), shapes, task_feature_lengths['targets']), output_signature=spec)
+    n_examples = int(ds.cardinality())  # below 0: not known, or endless
+    # SeqIO's evaluator asks for the number of rows: without packing each example is one.
+    return rows if self.pack or n_examples < 0 else rows.apply(tf.data.experimental.assert_cardinality(n_examples))
 
   def _rows(self, examples: Iterator[tuple[np.ndarray, np.ndarray]], shapes: Shapes,
             max_item_tokens: int) -> Iterator[dict[str, np.ndarray]]:
@@ -155,12 +158,17 @@ class CalRecFeatureConverter(seqio.FeatureConverter):
         yield arrays | {name: identities[arrays[name]] for name in ('slot_texts', 'span_texts')}
 
   def _packed(self, corpus: Corpus, cut: Excerpts, shapes: Shapes) -> list[np.ndarray]:
-    """The excerpts of each row; none has more target tokens than its alone part holds, equal texts counted each."""
+    """The excerpts of each row; none has more target tokens than its alone part holds, equal texts counted each.
+
+    Packed rows come in a drawn order: `fill_rows` begins with the longest pieces, and so would a batch hold pieces of one
+    length, or one history many times where a small data set is repeated.
+    """
     if not self.pack:
       return [np.array([number]) for number in range(len(cut))]
     alone = corpus.item_lengths[cut.stops - 1] + corpus.bos_length
     sizes = np.stack([cut.tokens, alone, np.ones_like(alone)], axis=1)
-    return fill_rows(sizes, np.array([shapes.L, shapes.M, shapes.S]))
+    rows = fill_rows(sizes, np.array([shapes.L, shapes.M, shapes.S]))
+    return [rows[number] for number in np.random.default_rng(0).permutation(len(rows))]
 
   def _corpus(self, examples: Sequence[tuple[np.ndarray, np.ndarray]],
               max_item_tokens: int) -> tuple[Corpus, np.ndarray]:

@@ -25,6 +25,7 @@ FOLDER = 'checkpoints'
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in TensorStore's messages
 BEST = 'best'  # after a run's folder: its best step
 VOCABULARY_FILE = 'vocabulary.json'
+T5X_DESCRIPTION_FILE = 'calrec.json'  # of a run that T5X trains
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,11 +67,15 @@ class Inputs:
     return build_corpus(sources, template=self.template, vocabulary=self.vocabulary, split=split,
                         max_item_tokens=self.max_item_tokens)
 
-  def description(self, sources: list[Source]) -> dict:
-    """What a checkpoint remembers of its data."""
+  def text_description(self) -> dict:
+    """What a checkpoint remembers of how its data became tokens."""
     return {
         'mixture_or_task_name': self.mixture_or_task_name, 'vocabulary': self.vocabulary.fingerprint,
         'template': {'fields': list(self.template.fields), 'unknown': self.template.unknown},
-        'task_feature_lengths': dict(self.task_feature_lengths),
+        'task_feature_lengths': dict(self.task_feature_lengths)}
+
+  def description(self, sources: list[Source]) -> dict:
+    """What a checkpoint remembers of its data."""
+    return self.text_description() | {
         'data': {source.histories.name: source.histories.fingerprint for source in sources},
         'rates': {source.histories.name: float(source.rate) for source in sources}}

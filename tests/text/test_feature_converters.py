@@ -76,6 +76,14 @@ def test_one_example_a_row_without_packing():
   assert second['tokens'].tolist() == [4, 2, 5, 6, 3, 9, 0, 0, 0, 0, 0] and second['span_texts'].tolist() == [b]
 
 
+def test_rows_are_counted_where_each_example_is_one():
+  counted = dataset().apply(tf.data.experimental.assert_cardinality(len(EXAMPLES)))
+  rows = lambda examples, pack: CalRecFeatureConverter(vocabulary(), pack=pack)(examples, {'inputs': 13, 'targets': 3})
+  assert len(rows(counted, pack=False)) == len(list(rows(counted, pack=False))) == 2
+  for unknown in (rows(dataset(), pack=False), rows(counted, pack=True)):
+    assert unknown.cardinality() == tf.data.UNKNOWN_CARDINALITY
+
+
 def test_features_are_those_of_the_rows():
   converter, lengths = CalRecFeatureConverter(vocabulary(), spans_per_row=5), {'inputs': 20, 'targets': 4}
   shapes = converter.shapes(lengths)
@@ -217,6 +225,15 @@ def test_packed_rows_are_fewer_and_full(shop):
   rows = {pack: np.concatenate([batch['segments'] for batch in converted(
       name, CalRecFeatureConverter(vocabulary, pack=pack, apply_length_check=False), 400)]) for pack in (True, False)}
   assert len(rows[True]) < len(rows[False]) / 2 and (rows[True] > 0).mean() > 0.8
+
+
+def test_packed_rows_do_not_come_sorted_by_length(shop):
+  name, vocabulary, _ = shop
+  rows = [batch['segments'] > 0 for batch in converted(
+      name, CalRecFeatureConverter(vocabulary, spans_per_row=1, apply_length_check=False), 400)]
+  tokens = np.concatenate(rows).sum(axis=1)
+  falls = np.mean(np.diff(tokens) < 0)
+  assert 0.2 < falls < 0.8 and sorted(tokens, reverse=True) != tokens.tolist()
 
 
 def test_items_that_are_not_told_apart_fail(shop, monkeypatch):
