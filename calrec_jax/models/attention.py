@@ -4,11 +4,15 @@ Axes: B rows, L length, D embed, H heads, G key-value heads, R = H / G, K head d
 most (B in all, L = S new tokens of each), P prefix length, T suffix length, X = W · S · R and Y = S · R rows.
 """
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from calrec_jax.models import splash_attention
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.layers import Projection, RMSNorm, softcap
 from calrec_jax.models.packed_attention import attend, einsum32
@@ -36,7 +40,8 @@ class Whole:
   """Where a whole sequence attends."""
 
   positions: jax.Array  # int32 [B, L]
-  mask: jax.Array  # bool [B, S, L], keys first: whether a key is seen by a query
+  segments: jax.Array  # int32 [B, L]; tokens of one segment see each other
+  mask: jax.Array | None  # bool [B, S, L], keys first: whether a key is seen by a query; None: splash attention needs none
   longest: int | None = flax.struct.field(pytree_node=False, default=None)  # no segment has more tokens; None: unknown
 
 
@@ -58,6 +63,24 @@ def causal_mask(segments_BL: jax.Array) -> jax.Array:
   """bool [B, S, L]: key s is seen by query l if s <= l and both are of one segment. Padding (segment 0) sees padding only."""
   same_BSL = segments_BL[:, :, None] == segments_BL[:, None, :]
   return jnp.triu(same_BSL)
+
+
+def whole(config: DecoderConfig, positions_BL: jax.Array, segments_BL: jax.Array, longest: int | None = None) -> Whole:
+  """Where sequences attend: within segments, causally."""
+  return Whole(positions_BL, segments_BL, None if config.splash else causal_mask(segments_BL), longest)
+
+
+def attend_whole(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, where: Whole, config: DecoderConfig,
+                 local: jax.Array | None) -> jax.Array:
+  """Attention of whole sequences, [B, L, H, K]."""
+  options = {'scale': config.attention_scale, 'cap': config.attention_softcap, 'longest': where.longest}
+  if not config.splash:
+    back_BSL = where.positions[:, None, :] - where.positions[:, :, None]
+    return attend(q_BLHK, k_BLGK, v_BLGK, where.mask & near(back_BSL, config.window, local), **options)
+  def splash(window: int | None) -> Callable[..., jax.Array]:
+    return functools.partial(splash_attention.attend, window=window, interpret=config.attention == 'interpreted', **options)
+  operands = q_BLHK, k_BLGK, v_BLGK, where.segments
+  return splash(None)(*operands) if local is None else jax.lax.cond(local, splash(config.window), splash(None), *operands)
 
 
 def near(distance: jax.Array, window: int | None, local: jax.Array | None) -> jax.Array | bool:
@@ -124,9 +147,7 @@ class Attention(nn.Module):
     q_BLHK, k_BLGK = rotation.rotate(q_BLHK, local), rotation.rotate(k_BLGK, local)
     if caches is None:
       cache = Cache(k_BLGK, v_BLGK)
-      back_BSL = where.positions[:, None, :] - where.positions[:, :, None]
-      attended_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, where.mask & near(back_BSL, c.window, local),
-                             scale=c.attention_scale, cap=c.attention_softcap, longest=where.longest)
+      attended_BLHK = attend_whole(q_BLHK, k_BLGK, v_BLGK, where, c, local)
     else:
       prefix, suffix = caches
       cache = write_suffix(suffix, k_BLGK, v_BLGK, where.index)

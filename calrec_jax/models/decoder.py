@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from calrec_jax.models.attention import Attention, Cache, Step, Whole, causal_mask
+from calrec_jax.models.attention import Attention, Cache, Step, Whole, whole
 from calrec_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
 from calrec_jax.models.head import weighted_nll
 from calrec_jax.models.layers import GatedMlp, RMSNorm, product, softcap
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
         split_rngs={'params': True, 'dropout': True}, in_axes=(0, 0, nn.broadcast, nn.broadcast), length=c.n_layers,
         metadata_params={nn.PARTITION_NAME: 'layers'})
     local = jnp.asarray(c.local_layers) if any(c.local_layers) else None
-    where = Whole(positions_BL, causal_mask(segments_BL), longest)
+    where = whole(c, positions_BL, segments_BL, longest)
     x_BLD, _ = layers(c, train=train, name='layers')(self.embed(tokens_BL), None, local, where, rotation(c, positions_BL))
     return self.final_norm(x_BLD)
 
@@ -78,6 +78,9 @@ class Decoder(nn.Module):
     """What the first layer reads, [B, L, D]."""
     c = self.config
     x_BLD = jnp.take(self.embedding, tokens_BL, axis=0).astype(c.compute_dtype)
+    # A device looks up the part of the width that it holds, for the rows of all who hold the others: what crosses is these
+    # parts, and back their gradients. Left to itself, the compiler may gather the gradients of all rows of the batch.
+    x_BLD = nn.with_logical_constraint(x_BLD, ('lookup_rows', 'length', 'embed'))
     if c.embed_scale:
       x_BLD = x_BLD * jnp.asarray(c.embed_dim**0.5, x_BLD.dtype)
     return nn.with_logical_constraint(x_BLD, ('batch', 'length', 'activation_embed'))

@@ -17,8 +17,9 @@ PROJECTIONS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')  # a layer'
 
 _CHOICES = {
     'rope_scaling': ('none', 'linear', 'llama3'), 'activation': ('silu', 'gelu'), 'dtype': ('auto', 'float32', 'bfloat16'),
-    'param_dtype': ('float32', 'bfloat16'), 'remat': tuple(REMAT_POLICIES)}
-_NOT_SHAPE = ('dropout', 'dtype', 'param_dtype', 'remat')
+    'param_dtype': ('float32', 'bfloat16'), 'attention': ('auto', 'splash', 'interpreted', 'packed'),
+    'remat': tuple(REMAT_POLICIES)}
+_NOT_SHAPE = ('dropout', 'dtype', 'param_dtype', 'attention', 'remat')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class DecoderConfig:
     dropout: rate on the output of each block's two halves, in training only.
     dtype: computation; `float32`, `bfloat16`, or `auto` (bfloat16 on accelerators, float32 on CPU).
     param_dtype: the parameters; updates are rounded to `bfloat16` at random, without bias.
+    attention: over whole sequences: `packed` (any device), `splash` (kernels for TPU), `interpreted` (they, on any device),
+      or `auto` (splash on TPU, else packed).
     remat: what the backward pass computes anew: `none` (what lies between products, and scores), `dots` (all of attention
       too) or `full` (the whole layer).
     lora_rank: 0: all weights are trained. Else the projections named in `lora_targets` each get two factors of this rank, and
@@ -92,6 +95,7 @@ class DecoderConfig:
   dropout: float = 0.0
   dtype: str = 'auto'
   param_dtype: str = 'float32'
+  attention: str = 'auto'
   remat: str = 'none'
   lora_rank: int = 0
   lora_alpha: float = 16.0
@@ -127,6 +131,11 @@ class DecoderConfig:
     return jnp.dtype(self.dtype)
 
   @property
+  def splash(self) -> bool:
+    """Whether whole sequences attend by the splash kernels."""
+    return jax.default_backend() == 'tpu' if self.attention == 'auto' else self.attention != 'packed'
+
+  @property
   def attention_scale(self) -> float:
     """What attention scores are multiplied by."""
     return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
@@ -137,6 +146,6 @@ class DecoderConfig:
     return tuple(self.layer_pattern[layer % len(self.layer_pattern)] == 'L' for layer in range(self.n_layers))
 
   def shape(self) -> dict:
-    """What a checkpoint's arrays and outputs depend on, as JSON has it: every field but dropout, dtypes and remat."""
+    """What a checkpoint's arrays and outputs depend on, as JSON has it: all fields but dropout, dtypes, attention, remat."""
     fields = dataclasses.asdict(self) | {'lora_targets': list(self.lora_targets)}
     return {name: value for name, value in fields.items() if name not in _NOT_SHAPE}

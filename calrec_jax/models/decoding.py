@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from calrec_jax.models.attention import Cache, Step, Whole, causal_mask
+from calrec_jax.models.attention import Cache, Step, Whole, whole
 from calrec_jax.models.decoder import Block, Decoder
 from calrec_jax.models.layers import TRANSPOSED
 from calrec_jax.models.rope import rotation
@@ -77,7 +77,7 @@ def prefill(decoder: Decoder, params: Mapping, tokens_UP: jax.Array, lengths_U: 
   U, P = tokens_UP.shape
   positions_UP = jnp.broadcast_to(jnp.arange(P)[None], (U, P))
   mask_UP = positions_UP < lengths_U[:, None]
-  where = Whole(positions_UP, causal_mask(mask_UP.astype(jnp.int32)))
+  where = whole(decoder.config, positions_UP, mask_UP.astype(jnp.int32))
   hidden_UPD, caches = _run(decoder, params, tokens_UP, where, None)
   last_UD = jnp.take_along_axis(hidden_UPD, (lengths_U - 1)[:, None, None], axis=1)[:, 0]
   counted_U1P = (mask_UP & (positions_UP >= int(bos)))[:, None]
