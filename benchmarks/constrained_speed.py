@@ -1,11 +1,11 @@
 """Constrained beam search: the time of a step against that of a step of free sampling, both with 32 texts of one user.
 
-A step of free sampling is `_advance` and `_draw`, with 32 branches that all differ (nothing is saved by sharing). A step of the
-beam is all of it: the best children of 32 beams on the trie of a real catalogue, suffixes that follow their beams, the host's
-part, and `_advance`. Both have the weights of one checkpoint (such as SmolLM2-135M), float32, on this machine's CPU, read the
-same prefixes of 512 real tokens, and have room for suffixes of 64. They take turns, user by user. `ratio` compares the medians
-of steps with 32 branches, `mean_ratio` the means of all steps of a search, which has fewer branches at first, and at last,
-when texts have ended. The last line is JSON.
+A step of free sampling is `read_tokens` and `_draw`, with 32 branches that all differ (nothing is saved by sharing). A step of
+the beam is all of it: the best children of 32 beams on the trie of a real catalogue, suffixes that follow their beams, the
+host's part, and `read_tokens`. Both have the weights of one checkpoint (such as SmolLM2-135M), float32, on this machine's CPU,
+read the same prefixes of 512 real tokens, and have room for suffixes of 64. They take turns, user by user. `ratio` compares the
+medians of steps with 32 branches, `mean_ratio` the means of all steps of a search, which has fewer branches at first, and at
+last, when texts have ended. The last line is JSON.
 
   python benchmarks/constrained_speed.py --checkpoint SMOLLM2 --data HISTORIES_FOLDER [--quick]
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calrec_jax import evaluation_verbs, quiet_tensorflow
+from calrec_jax import evaluation_verbs, plan_verb, quiet_tensorflow
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation_verbs import Outcome
 
@@ -342,6 +342,7 @@ def parser() -> argparse.ArgumentParser:
 
   _ranking_verbs(verbs)
   evaluation_verbs.add(verbs, _verb, _positive, GIN_HELP)
+  plan_verb.add(verbs, _verb, _positive, GIN_HELP)
   verb = _verb(verbs, 'score', _score, "show a text's tokens and their log-probabilities, to see that an import is right",
                "calrec score --checkpoint runs/smollm2 --text 'The capital of France is Paris.'")
   verb.add_argument('--checkpoint', required=True, help='MODEL_DIR, imported model, or the folder of one step')

@@ -3,8 +3,10 @@
 `parse` reads the files and the command line's bindings, and refuses what gin itself would pass over in silence.
 """
 
+import copy
 import difflib
 import functools
+import inspect
 import logging
 import pathlib
 import re
@@ -21,6 +23,8 @@ from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.inference.generate import generate
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
+from calrec_jax.plan.planning import PlanOptions
+from calrec_jax.plan.programs import Inference, Training
 from calrec_jax.ranking.bm25 import Bm25Options
 from calrec_jax.ranking.rankers import RankerOptions
 from calrec_jax.text.batches import RowOptions
@@ -36,7 +40,7 @@ CONFIGURABLES = {
     'objective': Objective, 'optimizer': Optimizer, 'mesh': MeshShape, 'schedule': Schedule,
     'dense_metrics': dense_metrics, 'train': train,
     'sample': generate, 'rankers': RankerOptions, 'infer': runs.infer, 'bm25': Bm25Options, 'ranking': evaluate,
-    'evaluate': runs.rank}
+    'evaluate': runs.rank, 'plan': PlanOptions}
 
 VERBS = ('train', 'infer', 'evaluate')  # T5X's scripts have functions of these names: beside them ours are not to be registered
 for _name, _target in CONFIGURABLES.items():
@@ -56,8 +60,11 @@ def search_paths() -> list[str]:
   return ['', str(package.parent), str(package)]
 
 
-def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> None:
-  """Reads gin files in turn, then bindings (`NAME=VALUE`). Raises UserError for anything that does not apply."""
+def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str], *, whole: bool = True) -> None:
+  """Reads gin files in turn, then bindings (`NAME=VALUE`). Raises UserError for anything that does not apply.
+
+  `whole`: whether every macro that is read must be set.
+  """
   _register_verbs()
   gin.clear_config()
   # gin keeps search paths for the life of the process; ours are of this call.
@@ -66,12 +73,44 @@ def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str
     _parse(lambda file=file: gin.parse_config_file(file), f'--gin_file={file}')
   for binding in bindings:
     _parse(lambda binding=binding: gin.parse_config(binding), f'--gin.{binding}')
-  _check_macros()
+  _check_macros(whole)
 
 
 def run(name: str) -> Any:
   """Calls the configured function; it can ask for the operative configuration, for the record."""
   return gin.get_configurable(f'calrec.{name}')(gin_text=gin.operative_config_str)
+
+
+def training_settings() -> tuple[Training, MeshShape]:
+  """What of a training run's configuration its program depends on, and its mesh. Neither data nor vocabulary is read."""
+  build = lambda name: gin.get_configurable(f'calrec.{name}')()
+  training = Training(
+      decoder=build('decoder'), objective=build('objective'), rows=build('rows'), optimizer=build('optimizer'),
+      lengths=_value('inputs', 'task_feature_lengths'), batch_size=_value('train', 'batch_size'),
+      microbatches=_value('train', 'microbatches'), head_block=_value('train', 'head_block'), frozen=_value('train', 'frozen'))
+  return training, build('mesh')
+
+
+def inference_settings(training: Training) -> Inference:
+  """What of the configuration sampling depends on, with the lengths of the training."""
+  return Inference(users=_value('sample', 'users_per_batch'), samples=_value('sample', 'n_samples'),
+                   prefix=training.lengths['inputs'], text=_value('sample', 'max_new_tokens') or training.lengths['targets'])
+
+
+def plan_options() -> PlanOptions:
+  """How to plan."""
+  return gin.get_configurable('calrec.plan')()
+
+
+def _value(name: str, parameter: str) -> Any:
+  """What is bound to a parameter, or its default. Raises UserError where there is neither."""
+  try:
+    return copy.deepcopy(gin.query_parameter(f'calrec.{name}.{parameter}'))  # a copy of a macro is its value
+  except ValueError:
+    default = inspect.signature(CONFIGURABLES[name]).parameters[parameter].default
+    if default is inspect.Parameter.empty:
+      raise UserError(f'{name}.{parameter} is not set: add the run file, such as --gin_file=gin/runs/stage1.gin.') from None
+    return default
 
 
 def _parse(read: Callable[[], object], where: str) -> None:
@@ -100,8 +139,8 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
   return f' (is it {close[0]!r}?)' if close else ''
 
 
-def _check_macros() -> None:
-  """Every macro that is set must be read by something, every macro that is read must be set."""
+def _check_macros(whole: bool) -> None:
+  """Every macro that is set must be read by something; of a `whole` configuration every macro that is read must be set."""
   bound = {scope: values.get('value') for (scope, selector), values in gin.config._CONFIG.items() if selector == 'gin.macro'}
   read = {reference.config_key[0] for reference in gin.config.iterate_references(gin.config._CONFIG)
           if reference.config_key[1] == 'gin.macro'}
@@ -109,6 +148,6 @@ def _check_macros() -> None:
     raise UserError(f'{name} is set, but nothing reads it{_suggestion(name, read)}; this run reads {", ".join(sorted(read))}.')
   required = ('gin.REQUIRED', 'gin.constant')
   missing = sorted(name for name in read if name not in bound or getattr(bound[name], 'config_key', None) == required)
-  if missing:
+  if missing and whole:
     raise UserError(f'{", ".join(missing)}: required; add --gin.{missing[0]}=VALUE (a text has quotes of its own: '
                     f'--gin.{missing[0]}=\'"..."\').')

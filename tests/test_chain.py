@@ -143,13 +143,14 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
                 '--gin.rows.window_steps=4', *tiny.gin(tiny.DECODER_GIN)],
       'infer': tiny.gin(['sample.max_users=8', 'sample.n_samples=2', 'sample.max_new_tokens=4']),
       'evaluate': tiny.gin(['ranking.max_users=8']),
-      'baselines': ['--max_users', '8']}
+      'baselines': ['--max_users', '8'],
+      'plan': ['--tries', '1', '--gin.TASK_FEATURE_LENGTHS={"inputs": 96, "targets": 32}', *tiny.gin(tiny.DECODER_GIN)]}
   small['ablate'] = ['--seeds', '1', *(option for verb in ('train', 'infer', 'evaluate') for option in small[verb])]
   monkeypatch.setattr(ablations.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(
       command, cli.main(command[3:])))
   commands = readme_commands('calrec')
   verbs = {'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export',
-           'baselines', 'compare', 'audit', 'report', 'ablate'}
+           'baselines', 'compare', 'audit', 'report', 'ablate', 'plan'}
   assert {command[0] for command in commands} == verbs
   for command in commands:
     if command[0] == 'import' and not (source := pathlib.Path(command[command.index('--from') + 1])).exists():

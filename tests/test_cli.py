@@ -21,7 +21,7 @@ from calrec_jax.text.templates import ItemTemplate
 
 VERBS = [['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'], ['vocabulary'], ['import'], ['train'],
          ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'], ['export'], ['baselines'], ['compare'], ['ablate'],
-         ['audit'], ['report']]
+         ['audit'], ['report'], ['plan']]
 REVIEW = {'reviewerID': 'u', 'asin': 'a', 'unixReviewTime': 1, 'overall': 5.0}
 
 

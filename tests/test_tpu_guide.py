@@ -26,9 +26,9 @@ def check_calrec(words: list[str]) -> str:
   """Parses a command of `calrec`, its gin files and bindings too; returns the verb."""
   options = cli.parser().parse_args([word for word in words if not word.startswith('--gin.')])
   bindings = [word.removeprefix('--gin.') for word in words if word.startswith('--gin.')]
-  if bindings:  # an imported model's own file is not here; it sets the decoder's shape, as this one does
+  if getattr(options, 'gin_file', None):  # an imported model's own file is not here; this one sets the decoder's shape, too
     files = [file.replace('/mnt/calrec/smollm2/model.gin', 'gin/models/smollm2_135m.gin') for file in options.gin_file]
-    configurables.parse(files, [], bindings)
+    configurables.parse(files, [], bindings, whole=options.verb != 'plan')
     gin.clear_config()
   return options.verb
 
@@ -46,7 +46,8 @@ def test_the_commands_of_the_guide(monkeypatch):
         on_tpus.append(check_calrec(words[words.index('--') + 1:]))
     else:
       assert words[0] in ('gcloud', 'eval') or words[0].startswith('number='), words
-  assert seen == ['prepare', 'prepare', 'import', 'evaluate', 'report'] and on_tpus == ['train', 'train', 'infer', 'train']
+  assert seen == ['plan', 'plan', 'prepare', 'prepare', 'import', 'evaluate', 'report']
+  assert on_tpus == ['train', 'train', 'infer', 'train']
 
 
 @pytest.mark.parametrize('words', [

@@ -137,7 +137,7 @@ def advance(decoder: Decoder, params: Mapping, prefix: Prefix, suffix: Caches, p
   widest = size if U == 1 else level(int(np.bincount(users_B).max()), width)
   of = decoding.branches(users_B, U, widest)
   of = decoding.Branches(of.members_UW, pad(of.places_B))  # padding goes with the first user's first branch
-  return _advance(decoder, params, pad(tokens_B), prefix, suffix, of, np.int32(index))
+  return read_tokens(decoder, params, pad(tokens_B), prefix, suffix, of, np.int32(index))
 
 
 def stay_in_place(parents_B: np.ndarray) -> np.ndarray:
@@ -164,7 +164,9 @@ def _move(suffix: Caches, parents_M: jax.Array, places_M: jax.Array) -> Caches:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _advance(decoder, params, tokens_B, prefix, suffix, of, index) -> tuple[jax.Array, Caches]:
+def read_tokens(decoder: Decoder, params: Mapping, tokens_B: jax.Array, prefix: Prefix, suffix: Caches,
+                of: decoding.Branches, index: jax.Array) -> tuple[jax.Array, Caches]:
+  """A step of decoding: a token more for each branch, which all have `index` so far; hidden states [B, D], and suffixes."""
   hidden_B1D, suffix = decoding.extend(decoder, params, tokens_B[:, None], prefix, suffix, of, index)
   return hidden_B1D[:, 0], suffix
 

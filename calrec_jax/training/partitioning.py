@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,7 +17,7 @@ from calrec_jax.errors import UserError
 
 # Logical axis -> mesh axes; None is replicated. The only place that names mesh axes.
 AXIS_RULES = {
-    'batch': ('data', 'fsdp'), 'length': None, 'activation_embed': None, 'layers': None,
+    'batch': ('data', 'fsdp'), 'lookup_rows': 'data', 'length': None, 'activation_embed': None, 'layers': None,
     'vocab': 'model', 'embed': 'fsdp', 'mlp': 'model', 'heads': 'model', 'kv_heads': 'model', 'kv': None, 'norm': None,
     'lora': None}
 
@@ -30,7 +31,7 @@ class MeshShape:
   model: int = 1
 
   def build(self, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices. Raises UserError where the axes do not make up their number."""
+    """The mesh over all devices; several TPU slices lie along `data`. Raises UserError where the axes do not make them up."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.astuple(self)
     known = math.prod(size for size in sizes if size != -1)
@@ -40,7 +41,15 @@ class MeshShape:
     if math.prod(sizes) != len(devices):
       raise UserError(f'mesh (data, fsdp, model) = {sizes} has {math.prod(sizes)} places for {len(devices)} devices; '
                       'leave one axis at -1.')
-    return jax.make_mesh(sizes, ('data', 'fsdp', 'model'), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    names, types = ('data', 'fsdp', 'model'), (AxisType.Auto,) * 3
+    slices = len({getattr(device, 'slice_index', None) for device in devices})
+    if slices == 1:
+      return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+      raise UserError(f'mesh (data, fsdp, model) = {sizes}: `data` lies over {slices} slices; make it a multiple of that.')
+    # Slices are linked by the network alone: the outer part of `data`, whose gradients are summed once a step, lies over them.
+    places = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices)
+    return Mesh(places, names, axis_types=types)
 
 
 def partition_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh) -> P:

@@ -134,7 +134,7 @@ def _reading(model: TwoTower, method: Callable, mesh: Mesh, param_shardings: Any
 
 
 def _on_mesh(function: Any, mesh: Mesh) -> Callable:
-  """A jitted function, with the mesh that its constraints name; `lower` too."""
+  """A jitted function, with the mesh that its constraints name; `lower` and `trace` too."""
   # Processes on CPU connect in a first collective, and give up on one that is half a minute late: all compile before it.
   waits = jax.process_count() > 1 and mesh.devices.flat[0].platform == 'cpu'
 
@@ -152,5 +152,5 @@ def _on_mesh(function: Any, mesh: Mesh) -> Callable:
       waits = False
     return function(*args)
   called = within(call)
-  called.lower = within(function.lower)
+  called.lower, called.trace = within(function.lower), within(function.trace)
   return called

@@ -85,8 +85,8 @@ def watched(monkeypatch, step=None, lengths_U=LENGTHS_U, **kwargs):
     patch.setattr(sampling, '_draw', recorded)
     if step:
       patch.setattr(decoding, 'Step', step)
-      original = sampling._advance.__wrapped__
-      patch.setattr(sampling, '_advance', jax.jit(lambda *args: original(*args), static_argnums=0))  # not from the cache
+      original = sampling.read_tokens.__wrapped__
+      patch.setattr(sampling, 'read_tokens', jax.jit(lambda *args: original(*args), static_argnums=0))  # not from the cache
     samples = draw(lengths_U=lengths_U, **kwargs)
   return np.stack(seen), samples
 
@@ -339,11 +339,11 @@ def test_sampling_stops_when_all_have_ended(monkeypatch):
 
 
 def test_there_are_few_programs():
-  before = sampling._advance._cache_size()
+  before = sampling.read_tokens._cache_size()
   options = {'n_samples': 16, 'max_new_tokens': 5}
   for keys_U in (KEYS_U, KEYS_U + 1, KEYS_U + 2):
     draw(keys_U=keys_U, **options)
-  assert sampling._advance._cache_size() <= before + sampling.LEVELS * 2
+  assert sampling.read_tokens._cache_size() <= before + sampling.LEVELS * 2
   assert [level(n, 32) for n in (1, 8, 9, 25, 32)] == [8, 8, 16, 32, 32]
   assert [level(n, 6) for n in (1, 2, 3, 5, 6)] == [2, 2, 4, 6, 6] and level(1, 1) == 1
 

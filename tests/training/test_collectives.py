@@ -12,9 +12,9 @@ import tiny
 from calrec_jax.models import head
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.two_tower import TwoTower
+from calrec_jax.plan import hlo, traffic
 from calrec_jax.text.batches import BatchPlan, RowOptions
 from calrec_jax.training import partitioning
-from calrec_jax.training.collectives import collectives
 from calrec_jax.training.partitioning import MeshShape
 from calrec_jax.training.train_step import make_train_step, new_state
 from calrec_jax.training.trainer import with_vocabulary
@@ -30,13 +30,13 @@ def step_collectives(store, shape):
   make_state, shardings = new_state(model, optimizer, plan.shapes, 0, mesh)
   batch = partitioning.global_batch(functools.partial(plan.batch, 1), 8, partitioning.batch_sharding(mesh))
   compiled = make_train_step(model, optimizer, mesh, shardings).lower(jax.eval_shape(make_state), batch).compile()
-  return list(collectives(compiled.as_text())), plan.shapes, decoder.vocab_size
+  return traffic.collectives(hlo.parse(compiled.as_text()), dict(mesh.shape)), plan.shapes, decoder.vocab_size
 
 
 def holds_logits(found, shapes, vocab_size) -> list:
   """Those that leave a device with scores of all the vocabulary for one of its blocks of target tokens, or more."""
   tokens = min(head.BLOCK, shapes.B * shapes.L // 8)
-  return [one for one in found for _, shape in one.shapes if vocab_size in shape and np.prod(shape) >= tokens * vocab_size]
+  return [one for one in found for _, shape in one.arrays if vocab_size in shape and np.prod(shape) >= tokens * vocab_size]
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
@@ -64,29 +64,12 @@ def test_with_fsdp_the_weights_are_gathered_and_activations_stay(tiny_store):
   in_layers = [one for one in found if one.kind == 'all-gather' and '/layers/' in one.source]
   c = tiny.DECODER
   sizes = {c.embed_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.ff_dim}
-  assert in_layers and all(set(shape) <= sizes for one in in_layers for _, shape in one.shapes)
+  assert in_layers and all(set(shape) <= sizes for one in in_layers for _, shape in one.arrays)
   rows = {shapes.B * shapes.L, shapes.B * shapes.M}
-  assert not any(rows & set(shape) for one in found for _, shape in one.shapes)
+  assert not any(rows & set(shape) for one in found for _, shape in one.arrays)
 
 
 def test_constraints_that_are_passed_over_are_noticed(tiny_store, monkeypatch):
   monkeypatch.setattr(nn, 'with_logical_constraint', lambda x, names: x)
   with pytest.raises(AssertionError):
     test_with_fsdp_the_weights_are_gathered_and_activations_stay(tiny_store)
-
-
-def test_a_line_of_a_program_is_read():
-  text = '''
-  %a = f32[8,16]{1,0} all-gather(%x), channel_id=1, metadata={op_name="jit(step)/gather"}
-  %b = (f32[4]{0}, bf16[2,3]{1,0}) all-reduce(%y, %z), to_apply=%add
-  %c = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), dimensions={0}
-  %d = f32[8]{0} all-gather-done(%c)
-  %e = f32[8]{0} add(%c, %d)
-  %g = (bf16[4,2]{1,0}, bf16[4,2]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=2
-  %f = f32[8,16]{1,0} all-gather(%y), channel_id=1, metadata={op_name="jit(step)/gather"}
-'''
-  first, second, third, fourth = collectives(text)
-  assert (first.kind, first.bytes, first.source) == ('all-gather', 512, 'jit(step)/gather')
-  assert (second.kind, second.bytes) == ('all-reduce', 28)
-  assert third.shapes == (('f32', (8,)),)
-  assert (fourth.kind, fourth.shapes) == ('collective-permute', (('bf16', (4, 2)),))
