@@ -1,6 +1,7 @@
 """Plans a run: compiles its programs for a topology, and says what they hold, compute and send, and how long that takes."""
 
 import dataclasses
+import logging
 import re
 from typing import Any
 
@@ -94,6 +95,7 @@ def plan_training(training: Training, where: Topology, mesh_shape: MeshShape) ->
   """
   devices = topology.devices(where)
   mesh = mesh_shape.build(devices)
+  logging.info('Compiling a training step for %s, mesh %s ...', where, tuple(mesh.shape.values()))
   per_chip = len(devices) // where.chips
   trips = -(-int(training.target_tokens) // (mesh.shape['data'] * mesh.shape['fsdp'] * training.head_block))
   found = compiled(programs.train_step(training, mesh), where.chip.hbm // per_chip, max(trips, 1))
@@ -125,6 +127,7 @@ def plan_inference(training: Training, where: Topology, inference: Inference) ->
   per_chip = len(devices) // where.chips
   reports = {}
   for name, traced in programs.prefill_and_decode(training.decoder, inference, devices[0]).items():
+    logging.info('Compiling %s for one device ...', name)
     found = compiled(traced, where.chip.hbm // per_chip)
     reports[name] = {'memory': found.memory, 'fits': found.fits}
     if found.module is not None:

@@ -1,6 +1,7 @@
 """Plans as text."""
 
 import collections
+import math
 from typing import Any
 
 
@@ -27,11 +28,8 @@ def _mesh(report: dict[str, Any]) -> str:
 
 
 def _size(n: float) -> str:
-  for unit in ('B', 'KB', 'MB', 'GB'):
-    if n < 1000 or unit == 'GB':
-      return f'{n:.0f} {unit}' if unit == 'B' else f'{n:,.2f} {unit}'
-    n /= 1000
-  raise AssertionError
+  power = min(int(math.log10(max(n, 1))) // 3, 3)
+  return f'{n / 1000**power:,.{2 * bool(power)}f} {("B", "KB", "MB", "GB")[power]}'
 
 
 def _time(seconds: float) -> str:
