@@ -20,6 +20,7 @@ class Chip:
     kind: JAX's `device_kind`.
     dimensions: of the torus that links chips.
     largest: chips of the largest slice.
+    cores: that share the work of a device and have memories of their own in libtpu's description; 1: no such thing.
     wraps: chips along a dimension from which on it is a ring.
     hbm: bytes of memory.
     hbm_rate: bytes a second between memory and chip.
@@ -31,6 +32,7 @@ class Chip:
   kind: str
   dimensions: int
   largest: int
+  cores: int
   wraps: int
   hbm: int
   hbm_rate: float
@@ -45,7 +47,7 @@ class Chip:
 
 _GIB = 1024**3
 CHIPS = {chip.name: chip for chip in (
-    Chip('v4', 'TPU v4', 3, 4096, 4, 32 * _GIB, 1228e9, 50e9, None),
-    Chip('v5e', 'TPU v5 lite', 2, 256, 16, 16 * _GIB, 819e9, 50e9, 6.4e12 / 8 / 256),
-    Chip('v5p', 'TPU v5', 3, 6144, 4, 95 * _GIB, 2765e9, 100e9, 50e9 / 8),
-    Chip('v6e', 'TPU v6 lite', 2, 256, 16, 32 * _GIB, 1638e9, 100e9, 25.6e12 / 8 / 256))}
+    Chip('v4', 'TPU v4', 3, 4096, 2, 4, 32 * _GIB, 1228e9, 50e9, None),
+    Chip('v5e', 'TPU v5 lite', 2, 256, 1, 16, 16 * _GIB, 819e9, 50e9, 6.4e12 / 8 / 256),
+    Chip('v5p', 'TPU v5', 3, 6144, 1, 4, 95 * _GIB, 2765e9, 100e9, 50e9 / 8),
+    Chip('v6e', 'TPU v6 lite', 2, 256, 1, 16, 32 * _GIB, 1638e9, 100e9, 25.6e12 / 8 / 256))}

@@ -41,7 +41,7 @@ class Roofline:
 
 
 def roofline(chip: Chip, *, flops: float, traffic: float, collectives: Sequence[Collective], rates: dict[str, float],
-             devices_per_chip: int = 1) -> Roofline:
+             ) -> Roofline:
   """Of one step.
 
   Args:
@@ -50,7 +50,6 @@ def roofline(chip: Chip, *, flops: float, traffic: float, collectives: Sequence[
     traffic: bytes of one device between memory and chip.
     collectives: what crosses chips.
     rates: bytes a second of each mesh axis, of `axis_rates`.
-    devices_per_chip: that share a chip's peaks.
   """
   links: dict[str, float] = {}
   for one in collectives:
@@ -58,7 +57,7 @@ def roofline(chip: Chip, *, flops: float, traffic: float, collectives: Sequence[
     rate = min((rates[axis] for axis in one.axes), default=None)  # a collective over two axes is as slow as the slower one
     if rate is not None:
       links[name] = links.get(name, 0.0) + one.sent / rate
-  return Roofline(flops * devices_per_chip / chip.flops, traffic * devices_per_chip / chip.hbm_rate, links)
+  return Roofline(flops / chip.flops, traffic / chip.hbm_rate, links)
 
 
 def axis_rates(chip: Chip, coords: np.ndarray, names: Sequence[str], slices: int = 1) -> dict[str, float]:

@@ -52,8 +52,8 @@ def guess(mesh: MeshShape, training: Training, parameters: int, chip: Chip) -> G
   return Guess(mesh, parameters * (stored + moments) / (f * m), sent / (2 * chip.link_rate))
 
 
-def ranked(devices: int, training: Training, parameters: int, chip: Chip, memory: int, slices: int = 1) -> list[Guess]:
+def ranked(devices: int, training: Training, parameters: int, chip: Chip, slices: int = 1) -> list[Guess]:
   """Guesses of all meshes, the best first; those whose parameters and optimizer take more than half of the memory last."""
   guesses = [guess(mesh, training, parameters, chip) for mesh in factorizations(devices, training, slices)]
-  return sorted(guesses, key=lambda each: (each.state > memory / 2, each.links, each.state))
+  return sorted(guesses, key=lambda each: (each.state > chip.hbm / 2, each.links, each.state))
 

@@ -96,9 +96,8 @@ def plan_training(training: Training, where: Topology, mesh_shape: MeshShape) ->
   devices = topology.devices(where)
   mesh = mesh_shape.build(devices)
   logging.info('Compiling a training step for %s, mesh %s ...', where, tuple(mesh.shape.values()))
-  per_chip = len(devices) // where.chips
   trips = -(-int(training.target_tokens) // (mesh.shape['data'] * mesh.shape['fsdp'] * training.head_block))
-  found = compiled(programs.train_step(training, mesh), where.chip.hbm // per_chip, max(trips, 1))
+  found = compiled(programs.train_step(training, mesh), where.chip.hbm, max(trips, 1))
   report = {'topology': str(where), 'chips': where.chips, 'mesh': dict(mesh.shape), 'batch_size': training.batch_size,
             'shapes': dataclasses.asdict(training.shapes), 'memory': found.memory, 'fits': found.fits}
   if found.module is None:
@@ -107,7 +106,7 @@ def plan_training(training: Training, where: Topology, mesh_shape: MeshShape) ->
   moved = traffic.memory_traffic(found.module, trips)
   coords = np.asarray([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, -1)
   roofline = estimate.roofline(
-      where.chip, flops=found.flops / len(devices), traffic=moved, collectives=crossing, devices_per_chip=per_chip,
+      where.chip, flops=found.flops / len(devices), traffic=moved, collectives=crossing,
       rates=estimate.axis_rates(where.chip, coords, mesh.axis_names, where.slices))
   useful = training_flops(training.decoder, training.segments, training.target_tokens)
   spans = training.batch_size * training.spans
@@ -123,17 +122,15 @@ def plan_training(training: Training, where: Topology, mesh_shape: MeshShape) ->
 
 def plan_inference(training: Training, where: Topology, inference: Inference) -> dict[str, Any]:
   """The report of prefill and of a decoding step, of one device: each process samples for users of its own on its first one."""
-  devices = topology.devices(where)
-  per_chip = len(devices) // where.chips
+  device = topology.devices(where)[0]
   reports = {}
-  for name, traced in programs.prefill_and_decode(training.decoder, inference, devices[0]).items():
+  for name, traced in programs.prefill_and_decode(training.decoder, inference, device).items():
     logging.info('Compiling %s for one device ...', name)
-    found = compiled(traced, where.chip.hbm // per_chip)
+    found = compiled(traced, where.chip.hbm)
     reports[name] = {'memory': found.memory, 'fits': found.fits}
     if found.module is not None:
       moved = traffic.memory_traffic(found.module)
-      roofline = estimate.roofline(where.chip, flops=found.flops, traffic=moved, collectives=[], rates={},
-                                   devices_per_chip=per_chip)
+      roofline = estimate.roofline(where.chip, flops=found.flops, traffic=moved, collectives=[], rates={})
       reports[name] |= {'flops': found.flops, 'traffic': moved, 'seconds': roofline.seconds, 'bound': roofline.bound}
   return reports
 
@@ -143,9 +140,8 @@ def suggest(training: Training, where: Topology, mesh_shape: MeshShape, tries: i
   config = programs.for_tpu(training.decoder)
   parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
   devices = topology.devices(where)
-  memory = where.chip.hbm * where.chips // len(devices)
   first = MeshShape(**dict(mesh_shape.build(devices).shape))
-  others = [each.mesh for each in meshes.ranked(len(devices), training, parameters, where.chip, memory, where.slices)
+  others = [each.mesh for each in meshes.ranked(len(devices), training, parameters, where.chip, where.slices)
             if each.mesh != first]
   reports = [plan_training(training, where, mesh) for mesh in [first, *others][:tries]]
   return sorted(reports, key=lambda report: (not report['fits'], report.get('seconds', 0.0), report['memory']['total']))

@@ -79,8 +79,10 @@ def _library() -> str:
 
 
 def devices(topology: Topology) -> list[Any]:
-  """The devices that JAX sees on the topology; a chip of v4 is two. Raises UserError where libtpu does not know it."""
-  options = {'num_slices': topology.slices} if topology.slices > 1 else {}
+  """The devices that JAX sees on the topology, one a chip. Raises UserError where libtpu does not know it."""
+  options: dict[str, Any] = {'num_slices': topology.slices} if topology.slices > 1 else {}
+  if topology.chip.cores > 1:
+    options['chip_config_name'] = 'megacore'  # as TPU VMs have it: a chip's cores are one device
   name = f'{topology.chip.name}:{"x".join(map(str, topology.shape))}'
   if 1 in topology.shape[:2]:  # less than a host's four chips
     options['chips_per_host_bounds'] = (1, 1, 1) if topology.chips == 1 else (*topology.shape, 1)[:3]

@@ -43,12 +43,14 @@ class MeshShape:
                       'leave one axis at -1.')
     names, types = ('data', 'fsdp', 'model'), (AxisType.Auto,) * 3
     slices = len({getattr(device, 'slice_index', None) for device in devices})
-    if slices == 1:
-      return jax.make_mesh(sizes, names, axis_types=types, devices=devices)
+    if slices == 1:  # an axis may take a part of a dimension of the torus: 8 x 8 of 4 x 4 x 4 chips
+      places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+      return Mesh(places, names, axis_types=types)
     if sizes[0] % slices:
       raise UserError(f'mesh (data, fsdp, model) = {sizes}: `data` lies over {slices} slices; make it a multiple of that.')
     # Slices are linked by the network alone: the outer part of `data`, whose gradients are summed once a step, lies over them.
-    places = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices)
+    places = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices,
+                                                  allow_split_physical_axes=True)
     return Mesh(places, names, axis_types=types)
 
 

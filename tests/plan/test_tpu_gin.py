@@ -20,7 +20,8 @@ def libtpu():
   """The compiler at its least effort: a third of the time, and all that is checked here is the same, but for a few per cent."""
   topology.prepare()
   jax.config.update('jax_exec_time_optimization_effort', -1.0)
-  yield
+  with jax.default_matmul_precision('default'):  # bfloat16 has no other
+    yield
   jax.config.update('jax_exec_time_optimization_effort', 0.0)
   gin.clear_config()
 
