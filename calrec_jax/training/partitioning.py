@@ -42,7 +42,8 @@ class MeshShape:
       raise UserError(f'mesh (data, fsdp, model) = {sizes} has {math.prod(sizes)} places for {len(devices)} devices; '
                       'leave one axis at -1.')
     names, types = ('data', 'fsdp', 'model'), (AxisType.Auto,) * 3
-    slices = len({getattr(device, 'slice_index', None) for device in devices})
+    # Processes on CPU call themselves slices too.
+    slices = len({getattr(device, 'slice_index', None) if device.platform == 'tpu' else None for device in devices})
     if slices == 1:  # an axis may take a part of a dimension of the torus: 8 x 8 of 4 x 4 x 4 chips
       places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
       return Mesh(places, names, axis_types=types)
