@@ -28,8 +28,7 @@ from calrec_jax.training import partitioning, trainable
 from calrec_jax.training.optimizer import Optimizer
 from calrec_jax.training.train_step import make_train_step, new_state
 
-# What a batch is like, where only the data can tell (real titles with category, brand and price in vocabularies of 32,000 to
-# 260,000 tokens; docs/scaling.md has fills).
+# What a batch is taken to be like, where only the data can tell.
 ITEM_TOKENS = 32  # of an item's text, its prompt included
 HISTORY_TOKENS = 256
 FILL = 0.9  # the share of positions that hold tokens
