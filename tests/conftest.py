@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,6 +26,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')  # mo
 for _entry in pathlib.Path(_CACHE).glob('*-cache') if 'PYTEST_XDIST_WORKER' not in os.environ else ():
   if not _entry.with_name(_entry.name.removesuffix('-cache') + '-atime').exists():
     _entry.unlink(missing_ok=True)
+# A run in the background may have SIGINT ignored, and so would all that its tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['PATH'] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get('PATH', '')])
 
 import jax  # noqa: E402

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from fake_gcloud import BASE, TPU_RUN, Cloud
@@ -274,6 +275,8 @@ TERMINAL = [sys.executable, '-c', 'import os, pty, sys; sys.exit(os.waitstatus_t
 def test_on_a_terminal_the_end_asks_before_it_deletes(cloud, typed, deleted, code):
   cloud.play({'code': code})
   process = cloud.start(before=TERMINAL)
+  watchdog = threading.Timer(120, process.kill)  # else a question that is not answered would last for ever
+  watchdog.start()
   try:
     shown = ''
     while '[y/N] ' not in shown:
@@ -284,6 +287,7 @@ def test_on_a_terminal_the_end_asks_before_it_deletes(cloud, typed, deleted, cod
     shown += process.stdout.read()
     assert process.wait(timeout=60) == code, shown
   finally:
+    watchdog.cancel()
     process.kill()
   assert cloud.vm_exists != deleted
   assert ('no TPU VM vm is left' if deleted else 'the TPU VM vm still exists (READY) and costs money') in last_line(shown)
