@@ -26,8 +26,9 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')  # mo
 for _entry in pathlib.Path(_CACHE).glob('*-cache') if 'PYTEST_XDIST_WORKER' not in os.environ else ():
   if not _entry.with_name(_entry.name.removesuffix('-cache') + '-atime').exists():
     _entry.unlink(missing_ok=True)
-# A run in the background may have SIGINT ignored, and so would all that its tests start.
+# A run in the background may have these ignored, and so would all that its tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ['PATH'] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get('PATH', '')])
 
 import jax  # noqa: E402

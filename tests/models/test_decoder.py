@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from calrec_jax.errors import UserError
-from calrec_jax.models import decoder as module
+from calrec_jax.models import attention
 from calrec_jax.models.attention import causal_mask
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
@@ -186,7 +186,7 @@ def input_gradient(mask_of, query: int, segments_BL):
     hidden_BLD = decoder.apply({'params': {**params, 'embedding': table_VD}}, tokens_BL, segments_BL, positions_BL)
     return jnp.sum(hidden_BLD[0, query] ** 2)
 
-  with mock.patch.object(module, 'causal_mask', mask_of):
+  with mock.patch.object(attention, 'causal_mask', mask_of):
     return np.abs(jax.grad(energy)(params['embedding'])[:length]).max(-1)  # each position has a token of its own
 
 

@@ -11,8 +11,7 @@ import optax
 import pytest
 from toy_corpus import random_corpus
 
-from calrec_jax.models import decoder as decoder_lib
-from calrec_jax.models import head, packed_attention, two_tower
+from calrec_jax.models import attention, head, packed_attention, two_tower
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
 from calrec_jax.models.losses import Objective
@@ -157,7 +156,7 @@ def test_packed_is_unpacked_where_histories_have_no_negatives_of_their_own():
 
 
 def _mask_dropped(monkeypatch, batch):
-  monkeypatch.setattr(decoder_lib, 'causal_mask', lambda s: jnp.triu(jnp.ones((len(s), s.shape[1], s.shape[1]), bool)))
+  monkeypatch.setattr(attention, 'causal_mask', lambda s: jnp.triu(jnp.ones((len(s), s.shape[1], s.shape[1]), bool)))
   return batch
 
 
@@ -411,7 +410,7 @@ def check_causal(batch: Batch):
 def test_no_token_depends_on_later_ones(monkeypatch):
   batch = one_batch(packing_corpus(False))
   check_causal(batch)
-  monkeypatch.setattr(decoder_lib, 'causal_mask', lambda s: s[:, :, None] == s[:, None, :])
+  monkeypatch.setattr(attention, 'causal_mask', lambda s: s[:, :, None] == s[:, None, :])
   with pytest.raises(AssertionError):
     check_causal(batch)
 
