@@ -34,11 +34,11 @@ def attend(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segments_BL:
     longest: a promise that no segment has more tokens, or None.
     interpret: run the kernels on any device, slowly, as JAX interprets them.
   """
-  (_, L, H, _), G = q_BLHK.shape, k_BLGK.shape[2]
+  (B, L, H, _), G = q_BLHK.shape, k_BLGK.shape[2]
   seen = min(n for n in (window, longest, L) if n is not None)
   mesh = jax.sharding.get_abstract_mesh()
-  rows, heads = _axes(('batch',), mesh, q_BLHK.shape[:1]), _axes(('heads',), mesh, (H,))
-  if heads is not None and _axes(('kv_heads',), mesh, (G,)) is None:
+  rows, heads = _axes('batch', mesh, B), _axes('heads', mesh, H)
+  if heads is not None and _axes('kv_heads', mesh, G) is None:
     # Fewer key-value heads than devices to share the queries' heads: each head gets a copy of its own.
     k_BLGK, v_BLGK = (jnp.repeat(x, H // G, axis=2) for x in (k_BLGK, v_BLGK))
   pad = -L % LANES
@@ -56,14 +56,14 @@ def attend(q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, segments_BL:
   return on_device(q, k, v, segments).swapaxes(1, 2)[:, :L]
 
 
-def _axes(names: tuple[str, ...], mesh: jax.sharding.AbstractMesh, sizes: tuple[int, ...]) -> tuple[str, ...] | None:
+def _axes(name: str, mesh: jax.sharding.AbstractMesh, size: int) -> tuple[str, ...] | None:
   """The mesh axes that a logical axis of this size is divided over, by the rules that are set; None: over none."""
   if mesh.empty:
     return None
-  axes = nn.logical_to_mesh_axes(names)[0] or ()
+  axes = nn.logical_to_mesh_axes((name,))[0] or ()
   axes = (axes,) if isinstance(axes, str) else tuple(axes)
   parts = math.prod(mesh.shape[axis] for axis in axes)
-  return axes if axes and sizes[0] % parts == 0 else None
+  return axes if axes and size % parts == 0 else None
 
 
 def _kernel(length: int, n_heads: int, seen: int, cap: float | None, interpret: bool) -> splash.SplashAttentionKernel:

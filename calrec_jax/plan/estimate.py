@@ -40,8 +40,8 @@ class Roofline:
     return max(of, key=of.get)
 
 
-def roofline(chip: Chip, *, flops: float, traffic: float, collectives: Sequence[Collective], rates: dict[str, float],
-             ) -> Roofline:
+def roofline(chip: Chip, *, flops: float, traffic: float, collectives: Sequence[Collective],
+             rates: dict[str, float]) -> Roofline:
   """Of one step.
 
   Args:

@@ -38,7 +38,7 @@ class Instruction:
   opcode: str
   arrays: tuple[Array, ...]
   operands: tuple[str, ...]
-  text: str  # what follows the operands
+  text: str  # the operands, in brackets, and what follows them
   is_root: bool
 
   @property
@@ -99,15 +99,12 @@ class Module:
     """What a loop's counter, which begins at 0, is compared with, where that is a constant."""
     computation = self.computations[name]
     root = next(one for one in computation.values() if one.is_root)
-    if root.opcode == 'fusion' and root.called:
-      constants = [computation[operand] for operand in root.operands if operand in computation]
-      inner = next(one for one in self.computations[root.called[0]].values() if one.is_root)
-      if 'direction=LT' not in inner.text:
-        return None
-    elif root.opcode == 'compare' and 'direction=LT' in root.text:
-      constants = [computation[operand] for operand in root.operands if operand in computation]
-    else:
+    compared = root
+    if root.opcode == 'fusion':
+      compared = next(one for one in self.computations[root.called[0]].values() if one.is_root)
+    if compared.opcode != 'compare' or 'direction=LT' not in compared.text:
       return None
+    constants = [computation[operand] for operand in root.operands if operand in computation]
     values = [re.search(r'\((\d+)\)', one.text) for one in constants if one.opcode == 'constant']
     return int(values[0][1]) if len(values) == 1 and values[0] else None
 
@@ -129,7 +126,7 @@ def parse(text: str) -> Module:
 def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
   shapes, rest = _split_shape(rest)
   opcode, _, rest = rest.partition('(')
-  end = _closing(rest, '(', ')')
+  end = _closing(rest)
   operands, text = rest[:end], rest[end + 1:]
   arrays = tuple(Array(dtype, tuple(map(int, filter(None, sizes.split(',')))), 'S(1)' in (layout or ''))
                  for dtype, sizes, layout in _ARRAY.findall(shapes))
@@ -142,15 +139,15 @@ def _split_shape(rest: str) -> tuple[str, str]:
   if not rest.startswith('('):
     shape, _, rest = rest.partition(' ')
     return shape, rest
-  end = _closing(rest[1:], '(', ')') + 1
+  end = _closing(rest[1:]) + 1
   return rest[:end + 1], rest[end + 2:]
 
 
-def _closing(text: str, opens: str, closes: str) -> int:
+def _closing(text: str) -> int:
   """Where the bracket closes that was opened just before the text."""
   depth = 1
   for place, letter in enumerate(text):
-    depth += (letter == opens) - (letter == closes)
+    depth += (letter == '(') - (letter == ')')
     if not depth:
       return place
-  raise ValueError(f'no {closes} in {text[:80]!r}')
+  raise ValueError(f'no closing bracket in {text[:80]!r}')
