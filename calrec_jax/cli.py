@@ -5,13 +5,12 @@ import errno
 import json
 import logging
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calrec_jax import evaluation_verbs, plan_verb, quiet_tensorflow
+from calrec_jax import evaluation_verbs, plan_verb, quiet_tensorflow, storage
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation_verbs import Outcome
 
@@ -37,11 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger(noisy).setLevel(logging.WARNING)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  os.environ.setdefault('EPATH_USE_TF', '0')  # Orbax reaches buckets by fsspec, as `storage` does: one login, one set of errors
   try:
     if bindings and not hasattr(options, 'gin_file'):
       raise UserError(f'--gin.{bindings[0]}: `calrec {options.verb}` takes no gin bindings.')
     if unequal := [b for b in bindings if '=' not in b]:
       raise UserError(f'--gin.{unequal[0]}: write --gin.NAME=VALUE.')
+    _check_buckets(options)
     result, text = options.run(options)
   except UserError as error:
     # gin adds lines about where the call was configured.
@@ -98,7 +99,7 @@ def _vocabulary(options: argparse.Namespace) -> Outcome:
   from calrec_jax.text import vocabularies
   from calrec_jax.text.templates import FIELDS, ItemTemplate
   template = ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown)
-  if pathlib.Path(options.out).exists():
+  if storage.exists(options.out):
     raise UserError(f'{options.out}: the output is already there; choose another place, or remove it first.')
   texts = [template.item_text(item) for folder in options.data for item in histories.load(folder).items]
   vocabulary = vocabularies.train_vocabulary(texts, size=options.size, phrases=vocabularies.template_phrases(template))
@@ -176,7 +177,7 @@ def _recommend(options: argparse.Namespace) -> Outcome:
   in_stock = None
   if options.in_stock:
     try:
-      in_stock = pathlib.Path(options.in_stock).read_text(encoding='utf-8').split('\n')
+      in_stock = storage.local(options.in_stock).read_text(encoding='utf-8').split('\n')
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'{options.in_stock}: cannot be read ({type(error).__name__}); give a text file with an item id a line.'
                       ) from error
@@ -266,6 +267,16 @@ def _evaluate(options: argparse.Namespace) -> Outcome:
   from calrec_jax.evaluation.evaluate import table
   metrics = _configured('evaluate')(options)
   return metrics, table(metrics) + ('\n' + metrics['examples'] if metrics.get('examples') else '')
+
+
+def _check_buckets(options: argparse.Namespace) -> None:
+  """Raises UserError where a verb is given a path in a bucket that works in folders alone."""
+  given = {'import': [options.source]} if options.verb == 'import' else {
+      verb: vars(options).values() for verb in ('synthesize', 'compare', 'audit', 'report', 'ablate', 'export')}
+  values = [value for each in given.get(options.verb, ()) for value in (each if isinstance(each, list) else [each])]
+  if found := [value for value in values if isinstance(value, str) and storage.is_bucket(value.split('=')[-1].strip('\'"'))]:
+    raise UserError(f'{found[0]}: `calrec {options.verb}` works in folders of this machine; copy it here first, such as with '
+                    '`gcloud storage cp --recursive`.')
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from typing import Any
 
 import gin
 
-from calrec_jax import runs
+from calrec_jax import runs, storage
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.dense import dense_metrics
 from calrec_jax.evaluation.evaluate import evaluate
@@ -70,7 +70,7 @@ def parse(gin_files: Sequence[str], paths: Sequence[str], bindings: Sequence[str
   # gin keeps search paths for the life of the process; ours are of this call.
   gin.config._LOCATION_PREFIXES[:] = [*paths, *search_paths()]
   for file in gin_files:
-    _parse(lambda file=file: gin.parse_config_file(file), f'--gin_file={file}')
+    _parse(lambda file=file: gin.parse_config_file(str(storage.local(file))), f'--gin_file={file}')
   for binding in bindings:
     _parse(lambda binding=binding: gin.parse_config(binding), f'--gin.{binding}')
   _check_macros(whole)

@@ -8,26 +8,29 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from calrec_jax import storage
 from calrec_jax.errors import UserError
 
 
-def check_unused(out: str | os.PathLike) -> pathlib.Path:
-  """Returns `out` as a path; raises UserError unless it is absent or an empty folder."""
-  path = pathlib.Path(out)
-  if path.is_dir() and not any(path.iterdir()):
-    return path
-  if path.exists():
-    raise UserError(f'{path}: the output is already in use; choose another place, or remove it first.')
-  return path
+def check_unused(out: str | os.PathLike) -> None:
+  """Raises UserError unless `out` is absent or an empty folder."""
+  if storage.names(out) or (storage.exists(out) and not storage.is_dir(out)):
+    raise UserError(f'{out}: the output is already in use; choose another place, or remove it first.')
 
 
 @contextlib.contextmanager
 def new_folder(out: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a scratch folder that becomes `out` when the block ends well, and vanishes when it raises.
 
-  Raises UserError if `out` is in use, or cannot be written.
+  In a bucket the files appear by name, one after the other. Raises UserError if `out` is in use, or cannot be written.
   """
-  path = check_unused(out)
+  check_unused(out)
+  if storage.is_bucket(out):
+    with tempfile.TemporaryDirectory(prefix='calrec.') as work:
+      yield pathlib.Path(work)
+      storage.upload(pathlib.Path(work), out)
+    return
+  path = pathlib.Path(out)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
@@ -47,6 +50,11 @@ def new_folder(out: str | os.PathLike) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def new_file(out: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a scratch path; when the block ends well it replaces `out`, when it raises it vanishes."""
+  if storage.is_bucket(out):
+    with tempfile.TemporaryDirectory(prefix='calrec.') as work:
+      yield pathlib.Path(work) / 'file'
+      storage.upload(pathlib.Path(work) / 'file', out)
+    return
   path = pathlib.Path(out)
   path.parent.mkdir(parents=True, exist_ok=True)
   scratch = path.with_name(f'.{path.name}.{os.getpid()}')

@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Mapping
 
-from calrec_jax import outputs
+from calrec_jax import outputs, storage
 
 PACKAGES = ('calrec_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'seqio', 'gin-config', 'numpy', 'tokenizers',
             'scipy', 'duckdb')
@@ -27,10 +27,9 @@ def versions() -> dict[str, str]:
 
 def write(folder: str | os.PathLike, *, gin_text: str, **facts: object) -> None:
   """Writes `config.gin` and `run.json` (command, versions and `facts`: seeds, fingerprints, ...) into a run's folder."""
-  folder = pathlib.Path(folder)
-  with outputs.new_file(folder / 'config.gin') as scratch:
+  with outputs.new_file(storage.join(folder, 'config.gin')) as scratch:
     scratch.write_text(gin_text)
-  outputs.write_json(folder / 'run.json', {'command': sys.argv, 'versions': versions(), **facts})
+  outputs.write_json(storage.join(folder, 'run.json'), {'command': sys.argv, 'versions': versions(), **facts})
 
 
 def places(folder: pathlib.Path, named: str) -> list[pathlib.Path]:
@@ -41,5 +40,6 @@ def places(folder: pathlib.Path, named: str) -> list[pathlib.Path]:
 def write_scalars(folder: str | os.PathLike, scalars: Mapping[str, float]) -> None:
   """Writes numbers as TensorBoard events of step 0, for the jobs that have no steps."""
   from clu import metric_writers  # imports TensorFlow: only when there is something to write
-  with contextlib.closing(metric_writers.create_default_writer(os.fspath(folder), asynchronous=False)) as writer:
+  with storage.Workplace(folder) as work, contextlib.closing(
+      metric_writers.create_default_writer(os.fspath(work.folder), asynchronous=False)) as writer:
     writer.write_scalars(0, scalars)

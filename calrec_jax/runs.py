@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from calrec_jax import provenance
+from calrec_jax import provenance, storage
 from calrec_jax.data import histories, oracle
 from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
@@ -31,14 +31,14 @@ from calrec_jax.text.item_tokens import load_item_tokens
 from calrec_jax.text.templates import ItemTemplate
 
 
-def load_data(data_dir: str | os.PathLike, name: str) -> Histories:
-  """The histories folder of one data set. Raises UserError, with the names that are there, if it is not."""
-  folder = pathlib.Path(data_dir) / name
-  if not folder.is_dir():
-    there = sorted(p.name for p in pathlib.Path(data_dir).iterdir() if p.is_dir()) if os.path.isdir(data_dir) else []
+def find_data(data_dir: str | os.PathLike, name: str) -> pathlib.Path:
+  """The histories folder of one data set, on this machine. Raises UserError, with the names that are there, if it is not."""
+  folder = storage.join(data_dir, name)
+  if not storage.is_dir(folder):
+    there = [other for other in storage.names(data_dir) if storage.is_dir(storage.join(data_dir, other))]
     raise UserError(f'{folder}: no such histories folder (there are: {", ".join(there) or "none"}); give DATA_DIR and the name '
                     'of one data set as MIXTURE_OR_TASK_NAME.')
-  return histories.load(folder)
+  return storage.local(folder)
 
 
 def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: Callable[..., dict] = generate,
@@ -67,10 +67,10 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
   """
   names = check_names(rankers)
   names = RANKERS if names == ('fused',) else names  # what is fused is written too
-  data = load_data(data_dir, task_name)
+  data_folder = find_data(data_dir, task_name)
+  data = histories.load(data_folder)
   loaded = load(checkpoint, dtype=dtype)
   vocabulary, found = loaded.vocabulary, loaded.found
-  folder = pathlib.Path(out)
   searches = {}
   if exclude_seen and names == ('bm25',):
     raise UserError('infer.exclude_seen: a lone bm25 ranks in `calrec evaluate`; name another ranker too, or leave this out.')
@@ -81,20 +81,21 @@ def infer(*, checkpoint: str, data_dir: str, task_name: str, out: str, sample: C
     searches = {'rank': searched, 'texts': 'bm25' in used, 'ranking': {
         'rankers': names, **dataclasses.asdict(ranker_options), 'fusion': weights, 'bm25': dataclasses.asdict(bm25),
         'exclude_seen': exclude_seen}}
-  with _folder(folder):
+  with storage.Workplace(out, resumes=True) as work, _folder(work.folder):
     report = sample(
         decoder=loaded.decoder, params=loaded.by_layer, vocabulary=vocabulary, histories=data,
-        item_tokens=load_item_tokens(pathlib.Path(data_dir) / task_name, data, loaded.template, vocabulary),
-        out=folder / GENERATIONS, identity=f'{found.model_dir.name} step {found.step}, weights {loaded.weights[:16]}',
+        item_tokens=load_item_tokens(data_folder, data, loaded.template, vocabulary),
+        work=work, out=work.folder / GENERATIONS,
+        identity=f'{found.model_dir.name} step {found.step}, weights {loaded.weights[:16]}',
         max_prefix_length=loaded.lengths['inputs'], max_item_tokens=loaded.lengths['targets'], **searches)
     if jax.process_index():  # the first process has the outputs
       return report
     if 'fused' in names and report['split'] == 'validation':
-      report['fusion'] = _learn_fusion(folder, data, [name for name in names if name != 'fused'])
-  provenance.write(folder, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
+      report['fusion'] = _learn_fusion(work.folder, data, [name for name in names if name != 'fused'])
+  provenance.write(out, gin_text=gin_text(), checkpoint=str(checkpoint), step=found.step, report=report,
                    data={data.name: data.fingerprint}, vocabulary=vocabulary.fingerprint,
                    template=dataclasses.asdict(loaded.template))
-  provenance.write_scalars(folder, {f'infer/{name}': value for name, value in report.items() if isinstance(value, int | float)})
+  provenance.write_scalars(out, {f'infer/{name}': value for name, value in report.items() if isinstance(value, int | float)})
   return report
 
 
@@ -171,9 +172,10 @@ def rank(*, data_dir: str, task_name: str, template: ItemTemplate, out: str, gen
   Returns:
     The metrics.
   """
-  data = load_data(data_dir, task_name)
+  data = histories.load(find_data(data_dir, task_name))
   ceiling = oracle.load_oracle(store, task_name).probabilities if store else None
-  metrics = evaluate(histories=data, template=template, out=out, generations=generations, oracle=ceiling)
+  metrics = evaluate(histories=data, template=template, out=out, oracle=ceiling,
+                     generations=None if generations is None else storage.local(generations))
   provenance.write(out, gin_text=gin_text(), data={data.name: data.fingerprint}, generations=generations and str(generations))
   provenance.write_scalars(out, {f'{metrics["protocol"]["split"]}/{method}/{name}': value
                                  for method, values in metrics['methods'].items() for name, value in values.items()})

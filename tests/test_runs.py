@@ -122,7 +122,7 @@ def test_a_vocabulary_that_was_exchanged_is_noticed(tiny_store, trained, tmp_pat
 @pytest.mark.parametrize('name, data', [('gmaes', 'data'), ('games', 'nowhere')])
 def test_an_unknown_data_set_is_named(tiny_store, tmp_path, name, data):
   with pytest.raises(UserError, match=f'{name}: no such histories folder'):
-    runs.load_data(tiny_store / data, name)
+    runs.find_data(tiny_store / data, name)
 
 
 def test_ranking_without_generations_has_the_baselines(tiny_store, tmp_path):

@@ -24,7 +24,7 @@ import duckdb
 import numpy as np
 import tqdm
 
-from calrec_jax import outputs
+from calrec_jax import outputs, storage
 from calrec_jax.data import cleaning, histories, json_lines, time_order
 from calrec_jax.errors import UserError
 
@@ -136,6 +136,7 @@ class _Dumps:
 
   def _read(self, path: str | os.PathLike, fields: tuple[str, ...], statement: str) -> None:
     """Runs `statement` on the table `dump` of a file: its good lines, in order, each field of type JSON."""
+    path = storage.local(path)
     source = json_lines.inspect(path, progress=not self.bar.disable)
     self.sources.append(source)
     if not self._load(source.path, fields, gzipped=source.gzipped) or self._count_good(fields) != source.lines:

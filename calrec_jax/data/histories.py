@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 import duckdb
 import numpy as np
 
-from calrec_jax import outputs
+from calrec_jax import outputs, storage
 from calrec_jax.data import cleaning, describe, json_lines, time_order
 from calrec_jax.errors import UserError
 
@@ -123,7 +123,7 @@ def load(folder: str | os.PathLike) -> Histories:
     UserError: a file is missing, truncated, or holds a line that is not as it should be; an item of a history is not in
       the items file; the content is not the one that dataset.json describes.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.local(folder)
   if not folder.is_dir():
     raise UserError(f'{folder}: no such folder; make it with `calrec prepare`.')
   description = _description(folder / 'dataset.json')
@@ -229,10 +229,11 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
   check_name(name)
   time_order.check_options(ties, split)
   with outputs.new_folder(out) as scratch:
+    sequences, items = storage.local(sequences), storage.local(items)
     bad_items = json_lines.BadLines(items, max_bad_lines)
     bad_sequences = json_lines.BadLines(sequences, max_bad_lines)
-    item_ids, fields = read_items(pathlib.Path(items), bad_items, progress=progress)
-    reader = _SequenceReader(pathlib.Path(sequences), item_ids, bad_sequences)
+    item_ids, fields = read_items(items, bad_items, progress=progress)
+    reader = _SequenceReader(sequences, item_ids, bad_sequences)
     reader.read(min_length=min_length, progress=progress)
     histories = reader.histories(name, fields)
     if ties == 'hashed':

@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from orbax.checkpoint import multihost
 
-from calrec_jax import outputs
+from calrec_jax import outputs, storage
 from calrec_jax.data import json_lines
 from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
@@ -42,12 +42,12 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
              temperature: float = 0.5, top_p: float = 1.0, max_new_tokens: int | None = None, max_prefix_length: int = 448,
              max_item_tokens: int = 64, users_per_batch: int = 8, seed: int = 0, max_users: int | None = None,
              bucket: int = 64, texts: bool = True, rank: Rank | None = None,
-             ranking: Mapping[str, object] | None = None) -> dict:
+             ranking: Mapping[str, object] | None = None, work: storage.Workplace | None = None) -> dict:
   """Samples texts of each user's next item, and writes them to the file `out`.
 
   Finished batches are kept in `<out>.partial` until all are; the same call takes them up again. Equal inputs give equal
   bytes (same kind of machine), whether stopped or not. Several processes share the batches, and the first one writes the
-  outputs: the folder must be one that all see. Their number may change when a run goes on.
+  outputs: the folder, or the bucket of `work`, must be one that all see. Their number may change when a run goes on.
 
   Args:
     decoder: the model.
@@ -72,6 +72,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
     rank: ranks the catalogue for a batch of users: from their prefixes, as they were read, their rows (with texts, if these
       are sampled) and their contexts (`context`) to each one's candidates by ranker, {ranker: (item numbers, scores)}.
     ranking: what `rank` depends on, JSON values by name; `rankers` are their names.
+    work: where `out` is in a copy of a bucket's folder, what keeps the two the same.
 
   Returns:
     The report: counts of users; `texts_per_user`; shares (0 to 1) of `unfinished`, `empty` and `exact_match` (equal to
@@ -83,7 +84,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
       not fit the model, nobody to generate for, the model's output is not finite.
   """
   began = time.monotonic()
-  path = pathlib.Path(out)
+  path, work = pathlib.Path(out), work or storage.Workplace(pathlib.Path(out).parent)
   names = (ranking or {}).get('rankers', ())
   there = [file for file in ([path] if texts else []) + [candidates_file(path.parent, name) for name in names] if file.exists()]
   if there and not partial_files(path):  # with it they are of a run that was stopped while it wrote
@@ -123,7 +124,7 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
     return rows[:len(chosen)]
 
   ids = [histories.user_ids[user] for user in users]
-  n_resumed = _run(path, settings, batches, ids, candidates_of)
+  n_resumed = _run(path, work, settings, batches, ids, candidates_of)
   report = {'split': split, 'users': len(users), 'users_resumed': n_resumed, 'max_new_tokens': max_new_tokens,
             'users_cut': sum(len(items) < len(of_user) for (items, _), of_user in zip(kept, contexts, strict=True))}
   if jax.process_index() == 0:
@@ -136,8 +137,8 @@ def generate(*, decoder: Decoder, params: Mapping, vocabulary: TokenizerVocabula
   return report | {'seconds': round(seconds, 3), 'users_a_second': round((len(users) - n_resumed) / max(seconds, 1e-9), 3)}
 
 
-def _run(path: pathlib.Path, settings: Mapping, batches: Sequence[tuple[np.ndarray, int]], ids: Sequence[str],
-         candidates_of: Callable[[np.ndarray, int], list[dict]]) -> int:
+def _run(path: pathlib.Path, work: storage.Workplace, settings: Mapping, batches: Sequence[tuple[np.ndarray, int]],
+         ids: Sequence[str], candidates_of: Callable[[np.ndarray, int], list[dict]]) -> int:
   """Works off the batches that are not finished, each process its share; returns how many users had been finished."""
   with Partial(partial_file(path, jax.process_index()), settings) as partial:
     done = finished_rows(path, settings)
@@ -147,8 +148,12 @@ def _run(path: pathlib.Path, settings: Mapping, batches: Sequence[tuple[np.ndarr
     with tqdm.tqdm(total=total, desc='infer', unit=' users', mininterval=0.5, disable=jax.process_index() > 0) as bar:
       for chosen, length in left:
         partial.append(candidates_of(chosen, length))
+        work.push(every=storage.PUSH_SECONDS)
         bar.update(len(chosen))
+  work.push()
   _wait('all are done')
+  if jax.process_count() > 1 and jax.process_index() == 0:
+    work.pull()
   return len(done)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from calrec_jax import outputs
+from calrec_jax import outputs, storage
 from calrec_jax.data import histories, json_lines
 from calrec_jax.errors import UserError
 from calrec_jax.inference.embedding import embed_texts
@@ -89,12 +89,12 @@ class Index:
 
 def is_index(path: str | os.PathLike) -> bool:
   """Whether the folder is an index."""
-  return (pathlib.Path(path) / 'index.json').is_file()
+  return storage.exists(storage.join(path, 'index.json'))
 
 
 def load_index(folder: str | os.PathLike) -> Index:
   """Raises UserError where the folder is no index, or a file of it is damaged or missing."""
-  folder = pathlib.Path(folder)
+  folder = storage.local(folder)
   try:
     description = json.loads((folder / 'index.json').read_text(encoding='utf-8'))
     if description['format'] != FORMAT:
@@ -118,7 +118,7 @@ def load_index(folder: str | os.PathLike) -> Index:
 
 def read_catalogue(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
   """(ids, fields) of the items of a file of items, or of a histories folder. Raises UserError for a broken or empty one."""
-  path = pathlib.Path(path)
+  path = storage.local(path)
   if path.is_dir():
     path = histories.find_file(path, 'items')
   numbers, items = histories.read_items(path, json_lines.BadLines(path, None))

@@ -8,12 +8,11 @@ have the best rank of theirs.
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from calrec_jax import outputs
+from calrec_jax import outputs, storage
 from calrec_jax.errors import UserError
 from calrec_jax.ranking.order import Ranked
 
@@ -34,12 +33,12 @@ def fuse(lists: Lists, weights: Mapping[str, float] | None = None) -> Ranked:
 
 def write_weights(folder: str | os.PathLike, learned: Mapping) -> None:
   """Writes what `learn` found into the folder."""
-  outputs.write_json(pathlib.Path(folder) / NAME, learned)
+  outputs.write_json(storage.join(folder, NAME), learned)
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, float]:
   """The weights of a file, or of the folder that `calrec infer` wrote on the validation split. UserError if there are none."""
-  path = pathlib.Path(path)
+  path = storage.local(path)
   path = path / NAME if path.is_dir() else path
   try:
     weights = json.loads(path.read_text(encoding='utf-8'))['weights']

@@ -11,7 +11,6 @@ There is no BOS: where a vocabulary has one, who makes rows puts it first.
 """
 
 import os
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +18,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from calrec_jax import storage
 from calrec_jax.errors import UserError
 from calrec_jax.tasks import seqio_metrics
 from calrec_jax.tasks.categories import CATEGORIES
@@ -55,8 +55,7 @@ def register(data_dir: str | os.PathLike, vocabulary: TokenizerVocabulary, *, na
   Raises:
     UserError: no such `data_dir`, a name that SeqIO does not allow, or a wrong value.
   """
-  data_dir = pathlib.Path(data_dir)
-  if not data_dir.is_dir():
+  if not storage.is_dir(data_dir):
     raise UserError(f'{data_dir}: no such folder; DATA_DIR is the folder that holds the histories folders.')
   if targets not in ('last', 'all'):
     raise UserError(f"targets = {targets!r}: choose 'last' or 'all'.")
@@ -65,7 +64,7 @@ def register(data_dir: str | os.PathLike, vocabulary: TokenizerVocabulary, *, na
   mixed = sorted(set(mixture_names)) if mixture_names else [name for name in names if name in present] or names
   _check_names(names, mixture, mixed)
   for name in names:
-    source = HistoriesSource(data_dir / name, template=template, targets=targets)
+    source = HistoriesSource(storage.join(data_dir, name), template=template, targets=targets)
     _register_task(name, source, vocabulary)
   seqio.MixtureRegistry.remove(mixture)
   seqio.MixtureRegistry.add(mixture, [(name, lambda task: task.source.n_users ** exponent) for name in mixed])
@@ -91,13 +90,14 @@ def resolve(name: str) -> list[tuple[str, float]]:
       raise UserError(f'{name}: the Task {task.name!r} is not made of a histories folder, so it cannot be trained on.')
     task.source.require_folder()
   rates = np.array([provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1. for task in tasks])
-  return [(task.source.folder.name, float(rate)) for task, rate in zip(tasks, rates / rates.sum(), strict=True)]
+  return [(task.source.name, float(rate)) for task, rate in zip(tasks, rates / rates.sum(), strict=True)]
 
 
-def _folders(data_dir: pathlib.Path) -> set[str]:
+def _folders(data_dir: str | os.PathLike) -> set[str]:
   """The names of the histories folders in `data_dir`."""
-  found = [path for suffix in ('jsonl.gz', 'jsonl', 'parquet') for path in data_dir.glob(f'*/sequences.{suffix}')]
-  return {path.parent.name for path in found if not path.parent.name.startswith('.')}  # a dot: still being written
+  files = {f'sequences.{suffix}' for suffix in ('jsonl.gz', 'jsonl', 'parquet')}
+  return {name for name in storage.names(data_dir) if not name.startswith('.')  # a dot: still being written
+          and not files.isdisjoint(storage.names(storage.join(data_dir, name)))}
 
 
 def _check_names(names: Sequence[str], mixture: str, mixed: Sequence[str]) -> None:

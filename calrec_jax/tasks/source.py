@@ -3,13 +3,13 @@
 import functools
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from calrec_jax import storage
 from calrec_jax.data import histories as histories_lib
 from calrec_jax.data.histories import Histories
 from calrec_jax.data.tfds_builder import SPLITS, visible_histories
@@ -30,15 +30,20 @@ class HistoriesSource(seqio.DataSource):
     Validation and test always have one span a user, the newest visible item.
     """
     super().__init__(SPLITS)
-    self.folder = pathlib.Path(folder)
+    self.folder = os.fspath(folder)
     self._template = template
     self._targets = targets
 
+  @property
+  def name(self) -> str:
+    """The data set's: its folder's."""
+    return os.path.basename(self.folder.rstrip('/'))
+
   def require_folder(self) -> None:
     """Raises UserError, with the command that makes the folder, if it is missing."""
-    if not self.folder.is_dir():
-      command = categories.prepare_command(self.folder.name, self.folder)
-      raise UserError(f'{self.folder}: the data set {self.folder.name!r} is not there; make it: {command}')
+    if not storage.is_dir(self.folder):
+      command = categories.prepare_command(self.name, self.folder)
+      raise UserError(f'{self.folder}: the data set {self.name!r} is not there; make it: {command}')
 
   @functools.cached_property
   def histories(self) -> Histories:
@@ -50,8 +55,9 @@ class HistoriesSource(seqio.DataSource):
   def n_users(self) -> int:
     """Users of the data set, from dataset.json where there is one: a mixture's rates need no histories in memory."""
     try:
-      return json.loads((self.folder / 'dataset.json').read_text(encoding='utf-8'))['statistics']['users']
-    except (OSError, ValueError, KeyError, TypeError):
+      about = storage.local(storage.join(self.folder, 'dataset.json'))
+      return json.loads(about.read_text(encoding='utf-8'))['statistics']['users']
+    except (UserError, OSError, ValueError, KeyError, TypeError):
       return len(self.histories.user_ids)
 
   @property

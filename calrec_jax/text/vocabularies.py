@@ -18,7 +18,7 @@ import seqio
 import tensorflow as tf
 import tokenizers
 
-from calrec_jax import outputs
+from calrec_jax import outputs, storage
 from calrec_jax.errors import UserError
 from calrec_jax.gguf_files import GgufFile
 from calrec_jax.text import gguf_tokenizer, sentencepiece_model
@@ -27,6 +27,8 @@ from calrec_jax.text.templates import FIRST, NEXT, ItemTemplate
 PAD, EOS = '<pad>', '</s>'  # ids 0 and 1 of a vocabulary trained here
 BYTES = 256
 _PAD_NAMES = (PAD, '[PAD]', '<|pad|>', '<|finetune_right_pad_id|>')
+_FILES = ('tokenizer.json', 'tokenizer.model')  # of a folder
+_BESIDE = ('tokenizer_config.json', 'generation_config.json', 'config.json')  # which may name EOS
 _EOS_NAMES = (EOS, '<eos>', '<|endoftext|>', '<|end_of_text|>')
 
 
@@ -154,7 +156,7 @@ def load_vocabulary(path: str | os.PathLike, *, eos_token: str | None = None,
   Raises:
     UserError: no such file, no tokenizer in it, or a token that it does not have.
   """
-  path = _file(pathlib.Path(path))
+  path = _file(storage.local(path, files=(*_FILES, *_BESIDE)))
   spec, bos, eos = _read(path)
   try:
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -220,15 +222,14 @@ def _file(path: pathlib.Path) -> pathlib.Path:
   """The file that holds the vocabulary of a folder."""
   if not path.is_dir():
     return path
-  names = ('tokenizer.json', 'tokenizer.model')
-  return next((path / name for name in names if (path / name).exists()), path / names[0])
+  return next((path / name for name in _FILES if (path / name).exists()), path / _FILES[0])
 
 
 def _read(path: pathlib.Path) -> tuple[dict, str | None, str | None]:
   """(a tokenizer.json, BOS where texts begin with one, EOS) of a file of any kind."""
   if path.suffix == '.gguf':
     return gguf_tokenizer.read(GgufFile(path).metadata, str(path))
-  config = _beside(path, 'tokenizer_config.json')
+  config = _beside(path, _BESIDE[0])
   eos = config.get('eos_token')
   config_eos = eos.get('content') if isinstance(eos, dict) else eos
   if path.suffix == '.model':
@@ -282,7 +283,7 @@ def _template_ends(processor: dict | None) -> tuple[str | None, str | None]:
 
 def _model_eos(path: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> str | None:
   """The end token that the model's own files name by its id: the first, if there are several."""
-  stated = (_beside(path, name).get('eos_token_id') for name in ('generation_config.json', 'config.json'))
+  stated = (_beside(path, name).get('eos_token_id') for name in _BESIDE[1:])
   ids = next((ids for ids in stated if ids is not None), [])
   return next(map(tokenizer.id_to_token, ids if isinstance(ids, list) else [ids]), None)
 

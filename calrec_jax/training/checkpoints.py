@@ -18,11 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
+from calrec_jax import storage
 from calrec_jax.errors import UserError
 from calrec_jax.models.decoder_config import DecoderConfig
 
 FOLDER = 'checkpoints'
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in TensorStore's messages
+COMMIT_SUCCESS_FILE = 'commit_success.txt'  # Orbax's: in a bucket, what holds it is whole
 BEST = 'best'  # after a run's folder: its best step
 VOCABULARY_FILE = 'vocabulary.json'
 T5X_DESCRIPTION_FILE = 'calrec.json'  # of a run that T5X trains
@@ -60,6 +62,8 @@ def write_params(model_dir: str | pathlib.Path, params: Any, description: dict[s
     checkpointer.save(folder / 'params', args=ocp.args.PyTreeSave(params))
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
     checkpointer.save(folder / 'description', args=ocp.args.JsonSave(description))
+  for whole in (folder / 'params', folder / 'description', folder):  # the folder may be copied to a bucket
+    (whole / COMMIT_SUCCESS_FILE).write_text('whole')
 
 
 class Checkpoints:
@@ -72,7 +76,7 @@ class Checkpoints:
     self._model_dir, self._keep, self._best_step = model_dir, keep, best_step
     options = ocp.CheckpointManagerOptions(preservation_policy=self, enable_async_checkpointing=True,
                                            cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(pathlib.Path(model_dir).absolute() / FOLDER, options=options,
+    self._manager = ocp.CheckpointManager(storage.place(model_dir) / FOLDER, options=options,
                                           item_names=('params', 'rest', 'description'))
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
@@ -125,15 +129,22 @@ def _first_line(error: Exception) -> str:
 
 def _earlier(model_dir: pathlib.Path, step: int) -> str:
   """What to do about a step that is damaged."""
-  folder = model_dir / FOLDER
-  before = [int(path.name) for path in folder.iterdir() if path.name.isdigit() and int(path.name) < step]
+  before = [other for other in whole_steps(model_dir) if other < step]
   return 'remove this step to ' + (f'use step {max(before)}' if before else 'begin anew: there is no earlier one')
 
 
-def newest_step(model_dir: str | pathlib.Path) -> int | None:
+def whole_steps(model_dir: str | os.PathLike) -> list[int]:
+  """The steps of a run that were written to their end, in order. In a bucket such a one holds a file that says so."""
+  folder = storage.place(model_dir) / FOLDER
+  steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+  if not storage.is_bucket(model_dir):
+    return steps
+  return [step for step in steps if (folder / str(step) / COMMIT_SUCCESS_FILE).exists()]
+
+
+def newest_step(model_dir: str | os.PathLike) -> int | None:
   """The newest whole step of a run; None if there is none."""
-  folder = pathlib.Path(model_dir) / FOLDER
-  return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None) if folder.is_dir() else None
+  return max(whole_steps(model_dir), default=None)
 
 
 def find(path: str | pathlib.Path) -> Found:
@@ -141,7 +152,7 @@ def find(path: str | pathlib.Path) -> Found:
 
   Raises UserError.
   """
-  path = pathlib.Path(path).absolute()
+  path = storage.place(path)
   if path.name == BEST and not path.exists() and newest_step(path.parent) is not None:
     step = (find(path.parent).description.get('best') or {}).get('step')
     if step is None:

@@ -1,10 +1,9 @@
 """What a run reads: a SeqIO Task or Mixture by name, as a corpus of tokens for each split."""
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Mapping
 
+from calrec_jax import storage
 from calrec_jax.data import histories
 from calrec_jax.errors import UserError
 from calrec_jax.tasks import registry
@@ -51,13 +50,13 @@ class Inputs:
 
   def load(self) -> list[Source]:
     """The data sets of the Task or Mixture, with their item tokens and rates. Raises UserError for an unknown name."""
-    if not os.path.isdir(self.data_dir):
+    if not storage.is_dir(self.data_dir):
       raise UserError(f'DATA_DIR = {self.data_dir}: no such folder; give the folder that holds the histories folders.')
     registry.register(self.data_dir, self.vocabulary, template=self.template, mixture_names=self.mixture,
                       exponent=self.exponent)
     sources = []
     for name, rate in registry.resolve(self.mixture_or_task_name):
-      folder = pathlib.Path(self.data_dir) / name
+      folder = storage.local(storage.join(self.data_dir, name))
       data = histories.load(folder)
       sources.append(Source(data, load_item_tokens(folder, data, self.template, self.vocabulary), rate))
     return sources

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import pathlib
 import sys
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ import jax
 import tqdm
 from clu import metric_writers
 
+from calrec_jax import storage
 from calrec_jax.training.meter import Meter, progress_line
 
 PROFILE_FOLDER = 'profile'
@@ -25,8 +25,9 @@ class Journal:
     self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> 'Journal':
+    self._work = self._stack.enter_context(storage.Workplace(self._model_dir))
     self._writer = self._stack.enter_context(contextlib.closing(metric_writers.create_default_writer(
-        self._model_dir, just_logging=jax.process_index() > 0, asynchronous=False)))
+        str(self._work.folder), just_logging=jax.process_index() > 0, asynchronous=False)))
     self._bar = self._stack.enter_context(tqdm.tqdm(total=self._train_steps, initial=self._start, desc='train', unit='step',
                                                     file=sys.stderr, disable=None, mininterval=1.0))
     self._stack.callback(self._end_profile)
@@ -42,7 +43,7 @@ class Journal:
     self._bar.update()
     if self._profile_steps and step == self._start + 1:
       jax.block_until_ready(metrics)
-      jax.profiler.start_trace(str(pathlib.Path(self._model_dir) / PROFILE_FOLDER))
+      jax.profiler.start_trace(str(self._work.folder / PROFILE_FOLDER))
       self._profiling = True
     elif self._profiling and step == self._start + 1 + self._profile_steps:
       jax.block_until_ready(metrics)
@@ -53,7 +54,8 @@ class Journal:
     values = self.meter.read()
     self._writer.write_scalars(done, {f'train/{name}': value for name, value in values.items()}
                                | {'train/learning_rate': float(self._rate(done - 1))})
-    self._writer.flush()  # a checkpoint may follow, and a run that goes on from there does not write this again
+    self._writer.flush()
+    self._work.push(every=storage.PUSH_SECONDS)
     line = progress_line(values, self._train_steps - done)
     if self._bar.disable:
       logging.info('step %d of %d: %s', done, self._train_steps, line)
@@ -67,9 +69,13 @@ class Journal:
     logging.info('step %d: validation %s', done, ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     self.meter.restart()
 
+  def push(self) -> None:
+    """Before a checkpoint: a run that goes on from there does not write again what was told up to it."""
+    self._work.push()
+
   def _end_profile(self) -> None:
     if self._profiling:
       jax.profiler.stop_trace()
       self._profiling = False
       logging.info('%d steps are traced in %s: tensorboard --logdir %s', self._profile_steps,
-                   pathlib.Path(self._model_dir) / PROFILE_FOLDER, self._model_dir)
+                   storage.join(self._model_dir, PROFILE_FOLDER), self._model_dir)

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from calrec_jax import storage
 from calrec_jax.errors import UserError
 from calrec_jax.models import lora
 from calrec_jax.models.decoder import boxed_params
@@ -55,7 +56,7 @@ def _check_changes(model_dir: pathlib.Path, there: dict[str, Any], here: dict[st
 
 def check_folder(model_dir: str) -> None:
   """Raises UserError for a folder that holds something other than a training run."""
-  folder = pathlib.Path(model_dir)
+  folder = storage.place(model_dir)
   if folder.exists() and not folder.is_dir():
     raise UserError(f'{folder}: is a file; choose another MODEL_DIR.')
   if folder.is_dir() and any(folder.iterdir()) and not (folder / checkpoints.VOCABULARY_FILE).exists():

@@ -3,13 +3,12 @@
 import concurrent.futures
 import dataclasses
 import logging
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from calrec_jax import provenance
+from calrec_jax import provenance, storage
 from calrec_jax.errors import UserError
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
@@ -123,7 +122,7 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   transformation = optimizer.build(train_steps)
   make_state, shardings = new_state(model, transformation, plan.shapes, seed, device_mesh, trained,
                                     averages=optimizer.average_decay > 0)
-  state, best = resuming.restore_or_start(pathlib.Path(model_dir), make_state, shardings, initial_checkpoint, decoder, trained,
+  state, best = resuming.restore_or_start(storage.place(model_dir), make_state, shardings, initial_checkpoint, decoder, trained,
                                           description, allow_changes, Best(schedule.best_metric))
   train_step = make_train_step(model, transformation, device_mesh, shardings, trained, microbatches, optimizer.average_decay)
   validation = Validation(held_out, model, device_mesh, shardings.params, judge)
@@ -171,6 +170,7 @@ def _loop(state: TrainState, best: Best, plan: BatchPlan, train_step: Callable, 
         improves = best.step == done
       if done == train_steps or every(schedule.save_every, done) or leaves or improves or exhausted(best):
         journal.meter.check()  # and what is saved
+        journal.push()
         store.save(done, *resuming.parts(state, trained), description | {'validation': last_eval, 'best': best.to_json()},
                    best_step=best.step)
       if leaves:
@@ -197,9 +197,10 @@ def with_vocabulary(decoder: DecoderConfig, inputs: Inputs) -> DecoderConfig:
 
 def _open_run(model_dir: str, inputs: Inputs, keep: int, best: Best) -> checkpoints.Checkpoints:
   """The run's checkpoints; the vocabulary is written beside them."""
-  folder = pathlib.Path(model_dir)
+  folder = storage.place(model_dir)
   try:
-    folder.mkdir(parents=True, exist_ok=True)
+    if not storage.is_bucket(model_dir):
+      folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
       inputs.vocabulary.save(folder / checkpoints.VOCABULARY_FILE)
   except OSError as error:
