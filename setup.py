@@ -33,7 +33,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    'tpu': ['jax[tpu]>=0.10.2'],
+    'tpu': ['jax[tpu]>=0.10.2', 'gcsfs>=2026.9'],
     'cuda': ['jax[cuda12]>=0.10.2'],
     'gcs': ['gcsfs>=2026.9'],  # gs:// paths, by way of fsspec
     'gguf': ['gguf>=0.17'],

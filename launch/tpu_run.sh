@@ -4,11 +4,11 @@
 #   launch/tpu_run.sh --name NAME --zone ZONE [options] -- VERB [ARGUMENT...]
 #   launch/tpu_run.sh --name NAME --zone ZONE [--fetch FOLDER LOCAL] [--delete]     no command: only what is left to do
 #
-# Makes the TPU VM, or takes the one of this name; installs this checkout with its `tpu` extra; mounts a bucket, or
-# copies data; starts `calrec VERB ARGUMENT...` on every worker; follows worker 0's log, through lost connections. When the
-# VM was preempted it is made anew and the command started again: the run then resumes from its newest checkpoint, so
-# MODEL_DIR should lie in the bucket. While a command runs on the VM, the script only follows it: safe to stop and to call
-# again. At the end it fetches results, and asks whether to delete the VM; a VM that it leaves is named in its last line.
+# Makes the TPU VM, or takes the one of this name; installs this checkout with its `tpu` extra; copies data; starts
+# `calrec VERB ARGUMENT...` on every worker; follows worker 0's log, through lost connections. When the VM was preempted it is
+# made anew and the command started again: the run then resumes from its newest checkpoint, so MODEL_DIR should lie in a
+# bucket (gs://...). While a command runs on the VM, the script only follows it: safe to stop and to call again. At the end it
+# fetches results, and asks whether to delete the VM; a VM that it leaves is named in its last line.
 #
 #   --name NAME        the TPU VM
 #   --zone ZONE        its zone, such as us-west4-a
@@ -17,11 +17,10 @@
 #   --project PROJECT  Google Cloud project (default: gcloud's own setting)
 #   --spot             a spot VM: cheaper, and may be preempted
 #   --queued           asks by a queued resource of the same name, which waits until there is capacity: as pod slices need
-#   --bucket gs://B    mounts the bucket on every worker at /mnt/calrec
 #   --data FOLDER      copies a local folder into ~/calrec_data of every worker; the command runs in ~/calrec_source,
 #                      so it finds it as ../calrec_data/FOLDER
 #   --fetch FOLDER LOCAL  copies a folder, as the command names it, into the local folder LOCAL when the command has ended
-#                      well, without its checkpoints; from worker 0, or what lies in --bucket from there; may be repeated
+#                      well, without its checkpoints; from worker 0, or a gs:// one from its bucket; may be repeated
 #   --retries N        how many restarts are allowed, for lack of capacity too (default 50)
 #   --poll SECONDS     how long to wait between looks at the VM (default 30)
 #   --delete           deletes the VM without asking: when the command has ended, well or not, or was given up
@@ -38,13 +37,13 @@
 # With several workers, gcloud's ssh key must be loaded: ssh-add ~/.ssh/google_compute_engine
 #
 # Example: stage I on a spot v5e-8
-#   launch/tpu_run.sh --name calrec --zone us-west4-a --spot --bucket gs://my-bucket -- \
-#     train --gin_file=gin/runs/stage1.gin --gin_file=gin/models/tiny.gin --gin.DATA_DIR='"/mnt/calrec/histories"' \
-#     --gin.VOCABULARY='"/mnt/calrec/vocabulary.json"' --gin.MODEL_DIR='"/mnt/calrec/stage1"'
+#   launch/tpu_run.sh --name calrec --zone us-west4-a --spot -- \
+#     train --gin_file=gin/runs/stage1.gin --gin_file=gin/models/tiny.gin --gin.DATA_DIR='"gs://my-bucket/data"' \
+#     --gin.VOCABULARY='"gs://my-bucket/vocabulary.json"' --gin.MODEL_DIR='"gs://my-bucket/stage1"'
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-name='' zone='' type=v5litepod-8 version=v2-alpha-tpuv5-lite project='' bucket='' data='' fetch=()
+name='' zone='' type=v5litepod-8 version=v2-alpha-tpuv5-lite project='' data='' fetch=()
 spot=false queued=false delete=false dry_run=false retries=50 poll=30
 
 usage_error() { echo "launch/tpu_run.sh: $1 (--help tells more)" >&2; exit 2; }
@@ -59,10 +58,10 @@ while (($#)); do
       if (($# < 3)) || [[ -z $2 || -z $3 || $2 == --* || $3 == --* ]]; then usage_error '--fetch needs FOLDER and LOCAL'; fi
       [[ ! -e $3 || -d $3 ]] || usage_error "--fetch: '$3' is not a folder"
       fetch+=("$2" "$3"); shift 3 ;;
-    --name | --zone | --type | --version | --project | --bucket | --data | --retries | --poll)
+    --name | --zone | --type | --version | --project | --data | --retries | --poll)
       if (($# < 2)) || [[ -z $2 || $2 == --* ]]; then usage_error "$1 needs a value"; fi
       declare "${1#--}=$2"; shift 2 ;;
-    --name=* | --zone=* | --type=* | --version=* | --project=* | --bucket=* | --data=* | --retries=* | --poll=*)
+    --name=* | --zone=* | --type=* | --version=* | --project=* | --data=* | --retries=* | --poll=*)
       set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --)
       shift
@@ -76,8 +75,6 @@ done
 if (($# == 0)) && ((${#fetch[@]} == 0)) && ! $delete; then
   usage_error 'no command for the TPU: add -- VERB [ARGUMENT...], such as -- train --gin_file=...'
 fi
-[[ -z $bucket || $bucket =~ ^gs://[a-z0-9._-]+/?$ ]] || usage_error "--bucket '$bucket' is not of the form gs://NAME"
-bucket=${bucket%/}
 [[ -z $data || -d $data ]] || usage_error "--data '$data' is not a folder"
 data=${data:+$(cd "$data" && pwd)}
 [[ $retries =~ ^[0-9]+$ ]] || usage_error "--retries '$retries' is not a whole number"
@@ -274,23 +271,6 @@ fi
 CALREC_PYTHON=python3.11 ~/calrec_source/launch/install.sh ~/calrec_venv tpu
 REMOTE
 
-# A checkpoint is committed by renaming its folder, which gcsfuse refuses for large folders unless told otherwise.
-read -r -d '' mount_script <<'REMOTE' || true
-set -eu
-if mountpoint -q /mnt/calrec; then exit 0; fi
-if ! command -v gcsfuse >/dev/null; then
-  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/gcsfuse.asc >/dev/null
-  source=https://packages.cloud.google.com/apt
-  echo "deb [signed-by=/usr/share/keyrings/gcsfuse.asc] $source gcsfuse-$(lsb_release -cs) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  sudo apt-get -o DPkg::Lock::Timeout=600 -qq update
-  sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -qq install -y gcsfuse
-fi
-sudo mkdir -p /mnt/calrec && sudo chown "$(id -u)" /mnt/calrec
-REMOTE
-mount_script+="
-gcsfuse --implicit-dirs --rename-dir-limit 1000000 ${bucket#gs://} /mnt/calrec"
-
 # The command outlives the ssh session; it holds the lock for as long as it runs, and leaves its exit code.
 read -r -d '' start_script <<REMOTE || true
 set -eu
@@ -319,7 +299,6 @@ install() {
     --exclude=./build --exclude='*.egg-info' --exclude=__pycache__ --exclude='.*_cache' -C "$root" . || return
   copy calrec_source.tgz "$scratch/calrec_source.tgz" || return
   remote all "$install_script" || return
-  if [[ -n $bucket ]]; then say 'the bucket'; remote all "$mount_script" || return; fi
   if [[ -n $data ]]; then say 'the data'; copy calrec_data --recurse "$data" || return; fi
 }
 
@@ -422,12 +401,12 @@ run_command() {
   done
 }
 
-# Copies a folder into a local one, without checkpoints: from the bucket, or packed from worker 0.
+# Copies a folder into a local one, without checkpoints: from a bucket, or packed from worker 0.
 fetch_folder() {
   say "$1 into $2"
   run mkdir -p "$2" || return
-  if [[ -n $bucket && $1 == /mnt/calrec/* ]]; then
-    run gcloud storage rsync --recursive --exclude '(.*/)?checkpoints/.*' "$bucket/${1#/mnt/calrec/}" "$2" \
+  if [[ $1 == gs://* ]]; then
+    run gcloud storage rsync --recursive --exclude '(.*/)?checkpoints/.*' "$1" "$2" \
       ${project:+--project "$project"}
   else
     remote 0 "tar -czf ~/calrec_fetched.tgz --exclude=./checkpoints -C ~/calrec_source -C $(quote "$1") ." || return

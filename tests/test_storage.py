@@ -234,7 +234,8 @@ def test_outputs_appear_when_they_are_whole(memory):
 
 def test_processes_meet_in_the_bucket(memory):
   memory.pipe({'/b/work/old': b'0', '/b/work/.dot': b'no'})
-  with storage.Workplace('memory://b/work', resumes=True) as first, storage.Workplace('memory://b/work', resumes=True) as second:
+  both = [storage.Workplace('memory://b/work', resumes=True) for _ in range(2)]
+  with both[0] as first, both[1] as second:
     assert [path.name for path in first.folder.iterdir()] == ['old'] and first.folder != second.folder
     (first.folder / 'one').write_bytes(b'1')
     (second.folder / 'two').write_bytes(b'2')
@@ -280,7 +281,7 @@ def test_a_data_set_without_its_sequences_is_none(memory):
     (['baselines', 'memory://b/../x', '--out', 'o'], r'".." is no name here'),
     (['score', '--checkpoint', 'memory://b/run', '--text', 'a'], 'memory://b/run: training runs and checkpoints lie in folders '
      'or in gs:// buckets'),
-    (['compare', 'a', 'small=gs://b/x'], 'small=gs://b/x: `calrec compare` works in folders of this machine; copy it here first'),
+    (['compare', 'a', 'small=gs://b/x'], 'small=gs://b/x: `calrec compare` works in folders of this machine; copy it here'),
     (['import', '--from', 'gs://b/x', '--out', 'o'], 'gs://b/x: `calrec import` works in folders'),
     (['evaluate', '--gin_file=memory://b/none.gin'], 'memory://b/none.gin: no such file'),
 ])

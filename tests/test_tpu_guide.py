@@ -27,7 +27,7 @@ def check_calrec(words: list[str]) -> str:
   options = cli.parser().parse_args([word for word in words if not word.startswith('--gin.')])
   bindings = [word.removeprefix('--gin.') for word in words if word.startswith('--gin.')]
   if getattr(options, 'gin_file', None):  # an imported model's own file is not here; this one sets the decoder's shape, too
-    files = [file.replace('/mnt/calrec/smollm2/model.gin', 'gin/models/smollm2_135m.gin') for file in options.gin_file]
+    files = [file.replace('gs://my-bucket/smollm2/model.gin', 'gin/models/smollm2_135m.gin') for file in options.gin_file]
     configurables.parse(files, [], bindings, whole=options.verb != 'plan')
     gin.clear_config()
   return options.verb

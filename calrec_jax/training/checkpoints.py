@@ -164,8 +164,9 @@ def find(path: str | pathlib.Path) -> Found:
     model_dir = path
     step = newest_step(path)
     if step is None:
-      raise UserError(f'{path}: holds no checkpoint; give the MODEL_DIR of a run that `calrec train` has saved a step of, or '
-                      'the folder of one step.')
+      copied = f' (a step that was copied here from a folder has no {COMMIT_SUCCESS_FILE})' if storage.is_bucket(path) else ''
+      raise UserError(f'{path}: holds no checkpoint{copied}; give the MODEL_DIR of a run that `calrec train` has saved a step '
+                      'of, or the folder of one step.')
   description = model_dir / FOLDER / str(step) / 'description' / 'metadata'
   try:
     return Found(model_dir, step, json.loads(description.read_text()))
