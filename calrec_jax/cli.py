@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calrec_jax import evaluation_verbs, plan_verb, quiet_tensorflow, storage
+from calrec_jax import data_verbs, evaluation_verbs, plan_verb, quiet_tensorflow, storage
+from calrec_jax.data_verbs import Outcome
 from calrec_jax.errors import UserError
-from calrec_jax.evaluation_verbs import Outcome
 
 DESCRIPTION = """\
 CALRec in JAX: finetune a pretrained decoder so that it writes the next item a shopper will buy, then find that item in the
@@ -68,44 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if options.json or text:
     print(json.dumps(result, ensure_ascii=False) if options.json else text)
   return getattr(options, 'code', 0)
-
-
-def _synthesize(options: argparse.Namespace) -> Outcome:
-  from calrec_jax.data import synthetic
-  report = synthetic.synthesize(options.out, users=options.users, items=options.items, categories=options.categories,
-                                seed=options.seed)
-  return report, f'Wrote {options.categories} categories to {options.out}.'
-
-
-def _prepare_dumps(options: argparse.Namespace) -> Outcome:
-  from calrec_jax.data import amazon, describe
-  description = amazon.prepare_dumps(
-      options.reviews, options.meta, name=options.name, out=options.out, min_count=options.min_count,
-      min_length=options.min_length, max_bad_lines=options.max_bad_lines, ties=options.ties, split=options.split)
-  return description, describe.format_description(description)
-
-
-def _prepare_histories(options: argparse.Namespace) -> Outcome:
-  from calrec_jax.data import describe, histories
-  description = histories.prepare(
-      options.sequences, options.items, name=options.name, out=options.out, min_length=options.min_length,
-      max_bad_lines=options.max_bad_lines, ties=options.ties, split=options.split)
-  return description, describe.format_description(description)
-
-
-def _vocabulary(options: argparse.Namespace) -> Outcome:
-  quiet_tensorflow.load()
-  from calrec_jax.data import histories
-  from calrec_jax.text import vocabularies
-  from calrec_jax.text.templates import FIELDS, ItemTemplate
-  template = ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown)
-  if storage.exists(options.out):
-    raise UserError(f'{options.out}: the output is already there; choose another place, or remove it first.')
-  texts = [template.item_text(item) for folder in options.data for item in histories.load(folder).items]
-  vocabulary = vocabularies.train_vocabulary(texts, size=options.size, phrases=vocabularies.template_phrases(template))
-  vocabulary.save(options.out)
-  report = {'out': options.out, 'size': vocabulary.vocab_size, 'texts': len(texts), 'fingerprint': vocabulary.fingerprint}
-  return report, f'Wrote {options.out}: {vocabulary.vocab_size} tokens, trained on {len(texts)} item texts.'
 
 
 def _import(options: argparse.Namespace) -> Outcome:
@@ -292,38 +254,7 @@ def parser() -> argparse.ArgumentParser:
                                  epilog='`calrec VERB --help` has the options and an example.', allow_abbrev=False)
   verbs = root.add_subparsers(dest='verb', required=True, metavar='VERB')
 
-  verb = _verb(verbs, 'synthesize', _synthesize, 'write a generated store as raw dumps in the Amazon 2018 format',
-               'calrec synthesize --out runs/store --users 1000 --items 250 --categories 3 --seed 0')
-  verb.add_argument('--out', required=True, help='folder to write')
-  verb.add_argument('--users', type=_positive, default=1000, help='users a category (default %(default)s)')
-  verb.add_argument('--items', type=_positive, default=250, help='items a category (default %(default)s)')
-  verb.add_argument('--categories', type=_positive, default=3, help='categories (default %(default)s)')
-  verb.add_argument('--seed', type=int, default=0, help='of the generator (default %(default)s)')
-
-  prepare = verbs.add_parser('prepare', help='turn dumps, or ready sequences, into a histories folder', allow_abbrev=False)
-  kinds = prepare.add_subparsers(dest='kind', required=True, metavar='KIND')
-  verb = _verb(kinds, 'dumps', _prepare_dumps, 'raw review and metadata dumps (Amazon 2018)',
-               'calrec prepare dumps --reviews Gift_Cards_5.json.gz --meta meta_Gift_Cards.json.gz \\\n'
-               '      --name gift_cards --out data/gift_cards')
-  verb.add_argument('--reviews', nargs='+', required=True, metavar='FILE', help='review dumps, gzipped JSON lines')
-  verb.add_argument('--meta', nargs='+', default=[], metavar='FILE', help='metadata dumps')
-  verb.add_argument('--min_count', type=int, default=5, help='k of the k-core, users and items (default %(default)s)')
-  _prepared(verb)
-  verb = _verb(kinds, 'histories', _prepare_histories, 'ready sequences of items, one line a user',
-               'calrec prepare histories --sequences sequences.jsonl.gz --items items.jsonl.gz \\\n'
-               '      --name shop --out data/shop')
-  verb.add_argument('--sequences', required=True, metavar='FILE', help='lines {"user_id", "item_ids": [...]}')
-  verb.add_argument('--items', required=True, metavar='FILE', help='lines {"item_id", "title", "category", "brand", "price"}')
-  _prepared(verb)
-
-  verb = _verb(verbs, 'vocabulary', _vocabulary, "train a small tokenizer on catalogues' texts",
-               'calrec vocabulary --data data/gift_cards --size 1024 --out data/vocabulary.json')
-  verb.add_argument('--data', nargs='+', required=True, metavar='DIR', help='histories folders')
-  verb.add_argument('--size', type=_positive, default=4096, help='most tokens (default %(default)s)')
-  verb.add_argument('--out', required=True, help='file to write')
-  verb.add_argument('--fields', nargs='+', help='as text.fields in the runs (default: all)')
-  verb.add_argument('--unknown', default='write', help='as text.unknown in the runs (default %(default)s)')
-
+  data_verbs.add(verbs, _verb, _positive)
   verb = _verb(verbs, 'import', _import, 'turn a pretrained model into a checkpoint to start from',
                'calrec import --from SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2')
   verb.add_argument('--from', required=True, dest='source', metavar='DIR_OR_GGUF',
@@ -398,16 +329,6 @@ def _verb(verbs: Any, name: str, run: Callable, about: str, example: str, more: 
   verb.add_argument('--json', action='store_true', help='print the result as JSON on stdout, and nothing else there')
   verb.set_defaults(run=run)
   return verb
-
-
-def _prepared(verb: argparse.ArgumentParser) -> None:
-  verb.add_argument('--name', required=True, help='of the data set, and of its SeqIO Task')
-  verb.add_argument('--out', required=True, help='histories folder to write; let it be DATA_DIR/NAME')
-  verb.add_argument('--min_length', type=int, default=3, help='shorter histories are dropped (default %(default)s)')
-  verb.add_argument('--max_bad_lines', type=int, default=0, help='broken lines that are passed over (default %(default)s)')
-  verb.add_argument('--ties', default='dump', help='order of events of one time: dump, or hashed (default %(default)s)')
-  verb.add_argument('--split', default='leave_one_out', help='leave_one_out, or time: 80 %% of the events to train on, 10 %% '
-                    'to validate, 10 %% to test (default %(default)s)')
 
 
 def _positive(text: str) -> int:

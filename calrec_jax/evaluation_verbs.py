@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from calrec_jax import quiet_tensorflow
+from calrec_jax.data_verbs import Outcome
 from calrec_jax.errors import UserError
-
-Outcome = tuple[Any, str]  # what --json prints, what is printed else
 
 
 def _baselines(options: argparse.Namespace) -> Outcome:

@@ -204,11 +204,11 @@ def _fetch(system: Any, text: str, wanted: dict[str, dict]) -> None:
     file, version = f'{text}/{name}'.rstrip('/'), tokenize(about)
     copy, told = _kept(file, 'copies'), _kept(file, 'versions')
     if not (copy.is_file() and told.is_file() and told.read_text() == version):
-      stale.append((file, version, copy, told))
+      stale.append((file, version, copy, told, about.get('size') or 0))
   if stale:
     logging.info('Copies %s from %s (%.1f MB).', f'{len(stale)} files' if stale[1:] else 'a file', text,
-                 sum(about.get('size') or 0 for about in wanted.values()) / 1e6)
-  for file, version, copy, told in stale:
+                 sum(size for *_, size in stale) / 1e6)
+  for file, version, copy, told, _ in stale:
     for path in (copy, told):
       path.parent.mkdir(parents=True, exist_ok=True)
     scratch = copy.with_name(f'.{copy.name}.{os.getpid()}')
@@ -256,7 +256,7 @@ def _told(path: str | os.PathLike, what: str) -> Iterator[None]:
   """What a bucket refuses becomes a UserError."""
   try:
     yield
-  except (UserError, FileNotFoundError):
+  except UserError:
     raise
   except Exception as error:  # each file system has errors of its own
     first = next(iter(str(error).strip().splitlines()), '')[:160]
