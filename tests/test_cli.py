@@ -14,7 +14,7 @@ import pytest
 import tiny
 import toy_corpus
 
-from calrec_jax import cli, outputs
+from calrec_jax import cli, data_verbs, outputs
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.text.templates import ItemTemplate
@@ -302,7 +302,7 @@ def test_gin_files_are_found_from_any_folder(tiny_store, tmp_path, capsys, monke
 def test_a_bug_keeps_its_traceback(monkeypatch):
   def bug(options):
     raise ZeroDivisionError
-  monkeypatch.setattr(cli, '_synthesize', bug)
+  monkeypatch.setattr(data_verbs, '_synthesize', bug)
   with pytest.raises(ZeroDivisionError):
     cli.main(['synthesize', '--out', 'x'])
 
