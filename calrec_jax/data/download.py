@@ -84,8 +84,9 @@ def plan_amazon(year: int, categories: Sequence[str], *, out: str | os.PathLike,
   """
   release, out = amazon_releases.release(year), pathlib.Path(out)
   addresses = amazon_releases.addresses(year, categories, five_core=five_core, mirror=mirror)
-  if out.exists() and not out.is_dir():
-    raise UserError(f'{out}: is a file, where a folder is expected; choose another --out.')
+  there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+  if not there.is_dir():
+    raise UserError(f'{there}: is a file, where a folder is expected; choose another --out.')
   record = _read_record(out)
   try:
     files = [_planned(out / address.rpartition('/')[2], address, release.title, record) for address in addresses]
@@ -94,7 +95,6 @@ def plan_amazon(year: int, categories: Sequence[str], *, out: str | os.PathLike,
     raise UserError(f'{error}; {release.title} has {", ".join(release.categories)}. If the files have moved, see '
                     f'{release.page}, or try --mirror {" or ".join(others)}.') from error
   needed = sum(file.missing or 0 for file in files)
-  there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
   if needed > (free := shutil.disk_usage(there).free):
     raise UserError(f'{out}: {_size(needed)} are to be fetched, and {_size(free)} are free; make room, or choose another '
                     '--out.')
@@ -132,9 +132,9 @@ def format_report(report: dict) -> str:
   """A report of `fetch` in two lines."""
   files, fetched = report['files'], report['fetched']
   size = sum(each['size'] for each in files.values())
-  were = len(files) - fetched['files']
-  return (f'{report["out"]}: {len(files)} files, {_size(size)}' + (f'; {were} of them were here' if were else '') +
-          f'. Where they came from is in {RECORD}.\nTurn them into histories with `calrec prepare dumps`.')
+  before = len(files) - fetched['files']
+  return (f'{report["out"]}: {len(files)} files, {_size(size)}{f", {before} of them from before" if before else ""}. Where '
+          f'they came from is in {RECORD}.\nTurn them into histories with `calrec prepare dumps`.')
 
 
 def _planned(path: pathlib.Path, address: str, title: str, record: dict) -> _File:
