@@ -20,14 +20,15 @@ class FileServer:
     cues: path to words; see `_Handler.do_GET`.
     headers, headers_of_errors: more headers of every answer with content, and of those that a cue refuses.
     asked: (method, path, Range) of each request.
-    ranges, versions, knows_head: whether it sends parts; ETags (made of the content); answers HEAD.
+    ranges, knows_head: whether it sends parts; answers HEAD.
+    versions: the header that names a file's version, ETag or Last-Modified (made of the content); '' for none.
     redirects: path to where it sends those who ask for it.
   """
 
   def __init__(self, files: dict[str, bytes]):
     self.files, self.cues, self.headers, self.headers_of_errors = dict(files), {}, {}, {}
     self.asked: list[tuple[str, str, str]] = []
-    self.ranges, self.versions, self.knows_head = True, True, True
+    self.ranges, self.versions, self.knows_head = True, 'ETag', True
     self.redirects: dict[str, str] = {}
     self._server = _Server(('127.0.0.1', 0), type('Handler', (_Handler,), {'world': self}))
     self.url = f'http://127.0.0.1:{self._server.server_port}'
@@ -85,10 +86,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if cue.isdigit():
       return self._empty(int(cue), world.headers_of_errors)
     content = world.files[path]
-    etag = f'"{hashlib.sha1(content).hexdigest()}"' if world.versions else ''
-    first, code, headers = 0, 200, dict(world.headers, **({'ETag': etag} if etag else {}))
+    digest = hashlib.sha1(content).hexdigest()
+    version = f'"{digest}"' if world.versions == 'ETag' else f'Sat, 28 Nov 2026 {int(digest, 16) % 24:02}:00:00 GMT'
+    first, code, headers = 0, 200, world.headers | ({world.versions: version} if world.versions else {})
     asked = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-    if asked and world.ranges and self.headers.get('If-Range', etag) == etag:
+    if asked and world.ranges and self.headers.get('If-Range', version) == version:
       first, code = int(asked[1]), 206
       if first >= len(content):
         return self._empty(416)

@@ -152,7 +152,7 @@ def check(path: pathlib.Path, remote: Remote, *, name: str, progress: bool = Tru
   size = path.stat().st_size
   if remote.size is not None and size != remote.size:
     raise UserError(f'{size:,} bytes came, where the server said {remote.size:,}.')
-  digests = {'sha256': hashlib.sha256(), 'md5': hashlib.md5(usedforsecurity=False)}
+  digests = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in {'sha256', *remote.checksums}}
   with path.open('rb') as raw, tqdm.tqdm(total=size, unit='B', unit_scale=True, delay=1, leave=False, desc=f'checking {name}',
                                          disable=None if progress else True) as bar:
     file = _Digested(raw, list(digests.values()), bar)
@@ -219,7 +219,8 @@ class _Patience:
         what = text
     self.failures += 1
     if self.failures >= self.tries:
-      raise UserError(f'{self.address}: {what}, {self.failures} times in a row; check the connection, and {_AGAIN}.') from error
+      raise UserError(f'{self.address}: {what}, {self.failures} times in a row; check the connection, or give another '
+                      f'--mirror, and {_AGAIN}.') from error
     seconds = min(max(seconds, FIRST_WAIT_SECONDS * 2**(self.failures - 1)), LONGEST_WAIT_SECONDS)
     logging.info('%s: %s; tries again in %.0f s.', self.address, what, seconds)
     time.sleep(seconds)

@@ -1,6 +1,7 @@
 """Files of servers that drop, lie and change: what appears is the whole file, or nothing and one clear line."""
 
 import base64
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -10,13 +11,17 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+import hypothesis
 import pytest
 from file_server import FileServer
+from hypothesis import strategies
 from refusals import refused
 
 from calrec_jax.data import http_files
+from calrec_jax.errors import UserError
 
 CONTENT = gzip.compress(random.Random(0).randbytes(300_000), mtime=0)  # larger than what a socket buffers
 OTHER = gzip.compress(random.Random(1).randbytes(280_000), mtime=0)
@@ -46,9 +51,9 @@ def get(server: FileServer, path: pathlib.Path) -> str:
 
 def stop_halfway(server: FileServer, path: pathlib.Path) -> int:
   """A command that gives up after one try that got half; returns the bytes that are here."""
-  server.cues['/a.gz'] = ['half', '503']
+  server.cues['/a.gz'] = ['half']
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(http_files, 'TRIES', 1)  # which the byte that came gives once more
+    patch.setattr(http_files, 'TRIES', 1)
     refused(lambda: get(server, path), 'a.gz', 'the same command again: it goes on where it stopped')
   server.cues.clear()
   server.asked.clear()
@@ -74,7 +79,9 @@ def test_a_lost_connection_goes_on_where_it_broke(server, path):
   assert alone(path) and server.contents_asked('/a.gz') == ['', f'bytes={half}-', f'bytes={three_quarters}-']
 
 
-def test_the_next_command_goes_on_where_one_stopped(server, path):
+@pytest.mark.parametrize('version', ['ETag', 'Last-Modified'])
+def test_the_next_command_goes_on_where_one_stopped(server, path, version):
+  server.versions = version
   here = stop_halfway(server, path)
   assert here == len(CONTENT) // 2 == http_files.partial_size(http_files.look(server.url + '/a.gz'), path)
   get(server, path)
@@ -90,7 +97,7 @@ def test_a_file_that_is_here_but_for_its_name_is_not_asked_for(server, path):
 
 @pytest.mark.parametrize('what', ['ranges', 'versions'])
 def test_a_server_without_ranges_or_versions_sends_all_again(server, path, what):
-  setattr(server, what, False)
+  setattr(server, what, '')
   here = stop_halfway(server, path)
   assert here and http_files.partial_size(http_files.look(server.url + '/a.gz'), path) == (here if what == 'ranges' else 0)
   server.cues['/a.gz'] = ['half', '']
@@ -120,6 +127,11 @@ def test_two_versions_are_never_glued(server, path, when):
       patch.setattr(http_files._Patience, 'wait', change)
       http_files.fetch(remote, path)
   assert alone(path, OTHER)
+
+
+def test_a_weak_version_stands_for_no_bytes(server):
+  server.headers, server.versions = {'ETag': 'W/"1"'}, ''
+  assert http_files.look(server.url + '/a.gz').version == ''
 
 
 def test_a_beginning_of_another_address_is_not_gone_on_with(server, path):
@@ -216,6 +228,31 @@ def test_members_of_a_gzip_file_are_all_read(server, path):
   refused(lambda: get(server, path), 'not whole')
 
 
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    steps=strategies.lists(strategies.tuples(strategies.sampled_from(
+        ['half', '503', 'elsewhere', 'chunked', 'more', '404', '']), strategies.booleans()), max_size=8),
+    ranges=strategies.booleans(), versions=strategies.sampled_from(['ETag', 'Last-Modified', '']))
+def test_whatever_a_server_does_what_appears_is_its_file(steps, ranges, versions):
+  """Commands that give up at once, one after the other, and versions that change between them."""
+  contents = [gzip.compress(random.Random(seed).randbytes(3000), mtime=0) for seed in range(2)]
+  with FileServer({'/a.gz': contents[0]}) as server, tempfile.TemporaryDirectory() as folder, (
+      pytest.MonkeyPatch.context()) as patch:
+    patch.setattr(http_files, 'TRIES', 1)
+    server.ranges, server.versions, path = ranges, versions, pathlib.Path(folder, 'a.gz')
+    for cue, changes in steps:
+      server.files['/a.gz'] = contents[changes]
+      server.cues['/a.gz'] = [cue]
+      with contextlib.suppress(UserError):
+        get(server, path)
+        assert alone(path, contents[changes])
+        path.unlink()
+      assert not path.exists()
+    server.cues.clear()
+    get(server, path)
+    assert alone(path, server.files['/a.gz'])
+
+
 MD5 = hashlib.md5(CONTENT)
 
 
@@ -225,7 +262,7 @@ MD5 = hashlib.md5(CONTENT)
     {'ETag': f'"{MD5.hexdigest()}"', 'x-amz-request-id': '1'}])
 def test_the_checksum_that_a_server_gives(server, path, headers):
   server.headers = headers
-  server.versions = 'ETag' not in headers
+  server.versions = '' if 'ETag' in headers else 'ETag'
   assert http_files.look(server.url + '/a.gz').checksums == {'md5': MD5.hexdigest()}
   get(server, path)
   assert alone(path)
@@ -239,7 +276,7 @@ def test_the_checksum_that_a_server_gives(server, path, headers):
     {'ETag': f'"{MD5.hexdigest()}-3"', 'x-amz-request-id': '1'}, {'ETag': f'"{MD5.hexdigest()}"'}, {'Content-MD5': '?'},
     {'ETag': f'"{MD5.hexdigest()}"', 'x-amz-request-id': '1', 'x-amz-server-side-encryption': 'aws:kms'}])
 def test_what_is_no_checksum(server, headers):
-  server.headers, server.versions = headers, False
+  server.headers, server.versions = headers, ''
   assert http_files.look(server.url + '/a.gz').checksums == {}
 
 
