@@ -71,7 +71,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def do_GET(self) -> None:
     """Cues: an error's number; `half` and the connection ends; `slow`, in small pieces; `more` or `fewer` bytes than HEAD says;
-    `chunked`, without a length; `elsewhere`, another part than the one that was asked for. Words may be joined.
+    `chunked`, without a length; `elsewhere`, another part than the one that was asked for; `unnamed`, a part that
+    does not say of which version it is. Words may be joined.
     """
     words = self.world.cues.get(self.path, [''])
     self._answer(words.pop(0) if words[1:] else words[0])
@@ -95,6 +96,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       if first >= len(content):
         return self._empty(416)
       first += 'elsewhere' in cue
+      if 'unnamed' in cue:
+        headers.pop(world.versions)
       headers['Content-Range'] = f'bytes {first}-{len(content) - 1}/{len(content)}'
     body = content[first:] + b'?' * ('more' in cue)
     length = len(body) - ('fewer' in cue)

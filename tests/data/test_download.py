@@ -196,6 +196,27 @@ def test_what_lies_in_the_way(server, command, tmp_path, capsys):
     failed(capsys, command('--yes'), 'downloads.json', 'restore')
 
 
+def test_sizes_that_a_server_does_not_tell(server, command, capsys):
+  server.knows_head = False
+  server.cues['/metaFiles2/meta_Gift_Cards.json.gz'] = ['chunked']
+  assert cli.main(command('--yes')) == 0
+  told = capsys.readouterr().err
+  assert re.search('^ +unknown  .*/meta_Gift_Cards', told, re.M)
+  assert f'more than {len(PACKED["reviews"])} bytes  to fetch' in told
+
+
+def test_what_is_left_of_a_file_is_told(server, command, tmp_path, capsys):
+  server.cues['/categoryFilesSmall/Gift_Cards_5.json.gz'] = ['half', '403']
+  failed(capsys, command('--yes'), 'answers 403')
+  server.cues.clear()
+  half = len(PACKED['reviews']) // 2
+  assert cli.main(command('--yes', '--json')) == 0
+  out, told = capsys.readouterr()
+  assert re.search(rf'Gift_Cards_5.json.gz  \({half} bytes of it are here\)$', told, re.M)
+  left = sum(map(len, PACKED.values())) - half
+  assert f'{left} bytes  to fetch' in told and json.loads(out)['fetched'] == {'files': 2, 'bytes': left}
+
+
 def test_too_small_a_disk(command, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10, 0, 10))
   failed(capsys, command('--yes'), 'bytes are to be fetched, and 10 bytes are free', 'make room')

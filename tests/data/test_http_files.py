@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import gzip
 import hashlib
@@ -127,6 +128,17 @@ def test_two_versions_are_never_glued(server, path, when):
       patch.setattr(http_files._Patience, 'wait', change)
       http_files.fetch(remote, path)
   assert alone(path, OTHER)
+
+
+def test_a_part_is_asked_for_on_condition_of_its_version(server, path):
+  stop_halfway(server, path)
+  server.files['/a.gz'] = other = gzip.compress(random.Random(2).randbytes(300_000), mtime=0)
+  server.cues['/a.gz'] = ['unnamed']
+  remote = dataclasses.replace(http_files.look(server.url + '/a.gz'), etag=json.loads(
+      path.with_name('a.gz.partial.json').read_text())['version'])  # it changes after the question
+  assert remote.size == len(other)
+  http_files.fetch(remote, path)
+  assert alone(path, other)
 
 
 def test_a_weak_version_stands_for_no_bytes(server):
