@@ -117,7 +117,10 @@ def fetch(plan: Plan, *, progress: bool = True) -> dict:
     if file.whole:
       remote, sha256 = file.remote, _check(file, progress)
     else:
-      remote, sha256 = http_files.fetch(file.remote, file.path, progress=progress)
+      try:
+        remote, sha256 = http_files.fetch(file.remote, file.path, progress=progress)
+      except http_files.Missing as error:
+        raise UserError(f'{error}, though its size was told; run the same command again, or give another --mirror.') from error
       fetched = {'files': fetched['files'] + 1, 'bytes': fetched['bytes'] + file.path.stat().st_size - file.here}
     record[file.path.name] = {
         'release': plan.release.title, 'address': file.address, 'size': file.path.stat().st_size, 'sha256': sha256,

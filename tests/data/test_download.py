@@ -173,6 +173,11 @@ def test_a_file_that_the_server_lacks(server, command, tmp_path, capsys):
   assert not (tmp_path / 'dumps').exists()
 
 
+def test_a_file_that_goes_after_the_question(server, command, capsys):
+  server.cues['/categoryFilesSmall/Gift_Cards_5.json.gz'] = ['404']
+  failed(capsys, command('--yes'), 'there is no such file (404', 'though its size was told', '--mirror')
+
+
 def test_what_lies_in_the_way(server, command, tmp_path, capsys):
   reviews, record = tmp_path / 'dumps/Gift_Cards_5.json.gz', tmp_path / 'dumps/downloads.json'
   reviews.parent.mkdir()
