@@ -233,9 +233,10 @@ def _evaluate(options: argparse.Namespace) -> Outcome:
 
 def _check_buckets(options: argparse.Namespace) -> None:
   """Raises UserError where a verb is given a path in a bucket that works in folders alone."""
-  given = {'import': [options.source]} if options.verb == 'import' else {
-      verb: vars(options).values() for verb in ('synthesize', 'compare', 'audit', 'report', 'ablate', 'export')}
-  values = [value for each in given.get(options.verb, ()) for value in (each if isinstance(each, list) else [each])]
+  given = {'import': ['source'], 'download': ['out'],
+           **dict.fromkeys(('synthesize', 'compare', 'audit', 'report', 'ablate', 'export'), vars(options))}
+  values = [value for name in given.get(options.verb, ()) for value in (
+      vars(options)[name] if isinstance(vars(options)[name], list) else [vars(options)[name]])]
   if found := [value for value in values if isinstance(value, str) and storage.is_bucket(value.split('=')[-1].strip('\'"'))]:
     raise UserError(f'{found[0]}: `calrec {options.verb}` works in folders of this machine; copy it here first, such as with '
                     '`gcloud storage cp --recursive`.')

@@ -1,6 +1,7 @@
-"""The verbs that make data: `calrec synthesize`, `prepare`, `vocabulary`. As in `cli.py`, imports are late."""
+"""The verbs that make data: `calrec download`, `synthesize`, `prepare`, `vocabulary`. As in `cli.py`, imports are late."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,26 @@ from calrec_jax import quiet_tensorflow, storage
 from calrec_jax.errors import UserError
 
 Outcome = tuple[Any, str]  # what --json prints, what is printed else
+
+
+def _download_amazon(options: argparse.Namespace) -> Outcome:
+  from calrec_jax.data import download
+  plan = download.plan_amazon(options.year, options.category, out=options.out, five_core=options.five_core,
+                              mirror=options.mirror)
+  if plan.asks:
+    print(plan.text, file=sys.stderr, flush=True)
+    if not options.yes and not _agrees():
+      return None, 'Nothing was fetched.'
+  report = download.fetch(plan)
+  return report, download.format_report(report)
+
+
+def _agrees() -> bool:
+  """Asks at the terminal. UserError: there is none."""
+  if not sys.stdin.isatty():
+    raise UserError('nothing was fetched, as there is no terminal to ask at; read the terms above, and give --yes to fetch.')
+  print('Fetch them? [y/N] ', end='', file=sys.stderr, flush=True)
+  return sys.stdin.readline().strip().lower() in ('y', 'yes')
 
 
 def _synthesize(options: argparse.Namespace) -> Outcome:
@@ -56,6 +77,18 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
     make: as `cli._verb`.
     positive: the type of a whole number above 0.
   """
+  kinds = verbs.add_parser('download', help='fetch published dumps', allow_abbrev=False).add_subparsers(
+      dest='kind', required=True, metavar='KIND')
+  verb = make(kinds, 'amazon', _download_amazon, 'fetch reviews and metadata of the Amazon releases from their publishers',
+              'calrec download amazon --year 2018 --category Gift_Cards --five_core --out dumps',
+              'Says the addresses, sizes and terms, and asks, before it fetches. The same command goes on after a stop.')
+  verb.add_argument('--year', type=positive, required=True, help='2014, 2018 or 2023')
+  verb.add_argument('--category', nargs='+', required=True, metavar='NAME', help='as the publishers write it: Gift_Cards')
+  verb.add_argument('--out', required=True, metavar='DIR', help='folder for the files, and downloads.json')
+  verb.add_argument('--five_core', action='store_true', help="reviews of the publishers' 5-core (2023: ratings without texts)")
+  verb.add_argument('--yes', action='store_true', help='do not ask')
+  verb.add_argument('--mirror', metavar='URL', help="an address to fetch from in place of the publishers', with the same paths")
+
   verb = make(verbs, 'synthesize', _synthesize, 'write a generated store as raw dumps in the Amazon 2018 format',
                'calrec synthesize --out runs/store --users 1000 --items 250 --categories 3 --seed 0')
   verb.add_argument('--out', required=True, help='folder to write')

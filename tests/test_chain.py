@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import transformers
+from file_server import FileServer
 
 from calrec_jax import ablations, cli
 from calrec_jax.evaluation.metrics import expected_metrics
@@ -128,19 +129,28 @@ def readme_commands(program: str) -> list[list[str]]:
   return [shlex.split(command)[1:] for command in commands if command.startswith(f'{program} ')]
 
 
-def test_the_commands_of_the_readme(tmp_path, monkeypatch):
+@pytest.fixture
+def publisher(monkeypatch):
+  """The server that the README's dumps are fetched from, here."""
+  monkeypatch.setenv('no_proxy', '127.0.0.1')
+  with FileServer({}) as server:
+    yield server
+
+
+def test_the_commands_of_the_readme(publisher, tmp_path, monkeypatch):
   """In a folder with a shop's files; only the numbers of steps, users and samples are made small, and the decoder."""
   monkeypatch.chdir(tmp_path)
   run('synthesize', '--out', 'store', '--users', '60', '--items', '40', '--categories', '1')
-  reviews = next(pathlib.Path('store').glob('*_5.json.gz'))
-  reviews.rename('Gift_Cards_5.json.gz')
-  next(pathlib.Path('store').glob('meta_*')).rename('meta_Gift_Cards.json.gz')
+  for path, name in (('/categoryFilesSmall/Gift_Cards_5.json.gz', '*_5.json.gz'),
+                     ('/metaFiles2/meta_Gift_Cards.json.gz', 'meta_*')):
+    publisher.files[path] = next(pathlib.Path('store').glob(name)).read_bytes()
   shop = tiny.make_histories('shop')
   write = lambda name, rows: pathlib.Path(name).write_bytes(gzip.compress('\n'.join(map(json.dumps, rows)).encode()))
   write('items.jsonl.gz', [{'item_id': i} | item for i, item in zip(shop.item_ids, shop.items, strict=True)])
   write('sequences.jsonl.gz', [{'user_id': user, 'item_ids': [shop.item_ids[i] for i in shop.history(number)]}
                                for number, user in enumerate(shop.user_ids)])
   small = {
+      'download': ['--yes', '--mirror', publisher.url],
       'train': ['--gin.TRAIN_STEPS=2', '--gin.BATCH_SIZE=8', "--gin.TASK_FEATURE_LENGTHS={'inputs': 96, 'targets': 32}",
                 '--gin.rows.window_steps=4', *tiny.gin(tiny.DECODER_GIN)],
       'infer': tiny.gin(['sample.max_users=8', 'sample.n_samples=2', 'sample.max_new_tokens=4']),
@@ -151,7 +161,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
   monkeypatch.setattr(ablations.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(
       command, cli.main(command[3:])))
   commands = readme_commands('calrec')
-  verbs = {'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export',
+  verbs = {'download', 'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export',
            'baselines', 'compare', 'audit', 'report', 'ablate', 'plan'}
   assert {command[0] for command in commands} == verbs
   for command in commands:
