@@ -73,7 +73,7 @@ setup(
     packages=find_packages(include=['calrec_jax', 'calrec_jax.*']) + list(GIN),
     package_dir=GIN,
     package_data={'calrec_jax': ['py.typed'], 'calrec_jax.evaluation.report': ['*.js'],
-                  'calrec_jax.html_page': ['*.css'],
+                  'calrec_jax.description': ['*.css'], 'calrec_jax.html_page': ['*.css'],
                   **{name: ['*.gin'] for name in GIN}},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

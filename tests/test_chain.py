@@ -151,7 +151,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
   monkeypatch.setattr(ablations.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(
       command, cli.main(command[3:])))
   commands = readme_commands('calrec')
-  verbs = {'prepare', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export',
+  verbs = {'prepare', 'describe', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import', 'score', 'export',
            'baselines', 'compare', 'audit', 'report', 'ablate', 'plan'}
   assert {command[0] for command in commands} == verbs
   for command in commands:

@@ -8,6 +8,8 @@ Points = list[tuple[float, float]]
 
 MOST_POINTS = 300
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 220, 52, 12, 26, 40
+_BAR = 18  # from a bar to the next
+_LETTER = 8.4  # the width of a digit, in the widest of the usual fonts
 _DASHES = ('', '6 3', '2 3', '9 3 2 3', '1 5', '12 4')
 
 
@@ -69,3 +71,24 @@ def ticks(low: float, high: float, most: int) -> list[float]:
   first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
   last = max(last, first + 1)
   return [float(f'{number * step:.12g}') for number in range(first, last + 1)]
+
+
+def bars(title: str, counts: Sequence[tuple[str, int]]) -> str:
+  """An SVG: a row for each (name, count), at least one, with a bar between them; lengths begin at 0.
+
+  It is 320 wide, or more if the names are long. A count above 0 has a bar of at least 1.
+  """
+  names, numbers = [name for name, _ in counts], [f'{count:,}' for _, count in counts]
+  left, right = (8 + math.ceil(_LETTER * max(map(len, texts))) for texts in (names, numbers))
+  width, most = max(_WIDTH, left + right + 60), max(max(count for _, count in counts), 1)
+  room = width - left - right
+  height = _TOP + _BAR * len(counts)
+  told = '; '.join(f'{name}: {number}' for name, number in zip(names, numbers, strict=True))
+  parts = [f'<svg class="chart" role="img" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+           f'aria-label="{html.escape(f"{title}. {told}")}"><text x="4" y="14">{html.escape(title)}</text>']
+  for row, (name, count) in enumerate(counts):
+    middle, wide = _TOP + _BAR * (row + .5), max(room * count / most, 1 if count else 0)
+    parts.append(f'<text x="{left - 6}" y="{middle + 4:g}" text-anchor="end">{html.escape(name)}</text>'
+                 f'<rect class="bar" x="{left}" y="{middle - 6:g}" width="{wide:.1f}" height="12"/>'
+                 f'<text x="{left + wide + 5:.1f}" y="{middle + 4:g}">{numbers[row]}</text>')
+  return ''.join([*parts, f'<path class="axis" d="M{left} {_TOP}V{height}"/></svg>'])
