@@ -1,11 +1,11 @@
 """The page of `calrec report`: whole HTML without network, texts that stay texts, the numbers of metrics.json."""
 
-import html.parser
 import json
 import re
 import struct
 
 import pytest
+from html_page_parser import Page
 from refusals import refused
 from small_shop import write_shop
 
@@ -20,37 +20,6 @@ HOSTILE = '</script><img src=x onerror=alert(1)>\u2028<!-- & "\''
 TITLES = ['Strong Glue', HOSTILE, 'Garden Hose', 'Steel Hose', 'Duct Tape', 'Rope']
 USERS = {f'user{number}': [(number + step * (1 + number % 2)) % 6 for step in range(5)] for number in range(12)}
 USERS['<script>alert(2)</script>'] = [0, 1, 2, 1]
-VOID = {'meta', 'br', 'input', 'path', 'link', 'img', 'hr'}
-
-
-class Page(html.parser.HTMLParser):
-  """Elements in order, the texts in them, and what is not closed."""
-
-  def __init__(self, text):
-    super().__init__(convert_charrefs=True)
-    self.open, self.elements, self.wrong = [], [], []
-    self.feed(text)
-    self.close()
-
-  def handle_starttag(self, tag, attrs):
-    self.elements.append([tag, dict(attrs), ''])
-    if tag not in VOID:
-      self.open.append(self.elements[-1])
-
-  def handle_startendtag(self, tag, attrs):
-    self.elements.append([tag, dict(attrs), ''])
-
-  def handle_endtag(self, tag):
-    if not self.open or self.open.pop()[0] != tag:
-      self.wrong.append(tag)
-
-  def handle_data(self, data):
-    for element in self.open:
-      element[2] += data
-
-  def of(self, tag, **attributes):
-    return [(found, text) for name, found, text in self.elements
-            if name == tag and all(found.get(key.rstrip('_')) == value for key, value in attributes.items())]
 
 
 @pytest.fixture(scope='module')
