@@ -13,6 +13,7 @@ from calrec_jax.text.templates import ItemTemplate
 
 LONG_TITLE = 200  # characters
 EXAMPLES, TEXTS = 3, 5
+_TAG_END = re.compile(r'/>|</[A-Za-z]')  # 'Industrial & Scientific />' is the title of 24 items of scientific2018
 _MISREAD = re.compile('\N{REPLACEMENT CHARACTER}|â€|[ÃÂ][\x80-\xbf€-™]')  # UTF-8 that was read as something else, or not at all
 
 
@@ -20,7 +21,8 @@ def problems(dataset: Histories) -> list[dict]:
   """What is missing in items, or wrong with them, the most frequent first; what no item has is left out.
 
   Each has `problem`, `items` and `events` (of these items), both with `count` and `share`, and `examples`, the most popular
-  ones. Markup is what `cleaning.clean_text` would take out of a title; no price is what `cleaning.clean_price` reads none in.
+  ones. Markup is what `cleaning.clean_text` would take out of a title, or the end of a tag; no price is what
+  `cleaning.clean_price` reads none in.
   """
   events_I = item_events(dataset)
   items, titles = dataset.items, [item['title'] for item in dataset.items]
@@ -43,7 +45,7 @@ def problems(dataset: Histories) -> list[dict]:
 
 
 def _has_markup(title: str) -> bool:
-  return ('<' in title or '>' in title or '{' in title) and cleaning.clean_text(title) != title
+  return bool(_TAG_END.search(title)) or (any(sign in title for sign in '<>{(=') and cleaning.clean_text(title) != title)
 
 
 def duplicates(dataset: Histories, template: ItemTemplate) -> dict:

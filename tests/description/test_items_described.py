@@ -53,6 +53,15 @@ def test_texts_that_several_items_share(data):
     assert found['most'][0]['items'] == max(map(texts.count, texts))
 
 
+def test_what_is_left_of_tags_and_scripts_is_found():
+  titles = ['Industrial & Scientific />', 'b</span>', 'var x = 1', '.a { color: red }', 'plain']
+  data = toy_source([[1]] * len(titles), [list(range(len(titles)))]).histories
+  for item, title in zip(data.items, titles, strict=True):
+    item['title'] = title
+  [found] = [each for each in items.problems(data) if each['problem'] == 'title with markup']
+  assert found['items']['count'] == 4
+
+
 def test_titles_that_only_look_odd_are_no_problem():
   data = toy_source([[1]] * 4, [[0, 1, 2, 3]]).histories
   for item, title in zip(data.items, ['less < more', 'SÃO PAULO', 'Ördög 7', 'a {b} c'], strict=True):
