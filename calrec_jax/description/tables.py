@@ -121,9 +121,8 @@ def _problems(problems: Sequence[Mapping]) -> Table:
 
 def _duplicates(twins: Mapping) -> Table:
   rows = [(f'{each["items"]:,}', f'{each["events"]:,}', _short(each['text'])) for each in twins['most']]
-  return Table('texts', f'Texts that several items share. There are {twins["texts"]:,}, of {_part(twins["items"])} of the '
-               f'items with {_part(twins["events"])} of the events; these have the most items.',
-               ('items', 'events', 'text'), rows, 2)
+  return Table('texts', f'Texts that several items share: {twins["texts"]:,} in all, of {_part(twins["items"])} of the items '
+               f'with {_part(twins["events"])} of the events. These have the most items.', ('items', 'events', 'text'), rows, 2)
 
 
 def _preparation(told: Mapping) -> Table:

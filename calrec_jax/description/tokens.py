@@ -39,6 +39,9 @@ def lengths(dataset: Histories, vocabulary: TokenizerVocabulary, *, template: It
   Raises:
     UserError: two of the items may not fit `length`.
   """
+  if item_length >= length:
+    raise UserError(f'--length {length} and --item_length {item_length} leave no room for a history; raise the first, or lower '
+                    'the second, so that an item and its prompts fit beside the target.')
   table = item_tokens([template.item_text(item) for item in dataset.items], vocabulary)
   make = lambda split: build_corpus([Source(dataset, table)], template=template, vocabulary=vocabulary, split=split,
                                     max_item_tokens=item_length)
