@@ -188,7 +188,7 @@ def _answer_lines(recommend: Callable[[list[str], str | None], list]) -> None:
 
 def _recommendations(found: list) -> str:
   """A table of items with their scores and reasons."""
-  from calrec_jax.evaluation.examples import printable
+  from calrec_jax.printable import printable
   cut = lambda text, width: text if len(text) <= width else text[:width - 1] + '…'
   rows = [('item', 'score', 'title', 'reason'), *((cut(printable(each.item_id), 24), f'{each.score:.4f}', cut(printable(
       each.title), 48), cut(printable(each.reason), 100)) for each in found)]

@@ -1,4 +1,4 @@
-"""The verbs that make data: `calrec download`, `synthesize`, `prepare`, `vocabulary`. As in `cli.py`, imports are late."""
+"""The verbs of data: `calrec download`, `synthesize`, `prepare`, `describe`, `vocabulary`. As in `cli.py`, imports are late."""
 
 import argparse
 import sys
@@ -52,6 +52,21 @@ def _prepare_histories(options: argparse.Namespace) -> Outcome:
       options.sequences, options.items, name=options.name, out=options.out, min_length=options.min_length,
       max_bad_lines=options.max_bad_lines, ties=options.ties, split=options.split)
   return description, describe.format_description(description)
+
+
+def _describe(options: argparse.Namespace) -> Outcome:
+  if options.vocabulary:
+    quiet_tensorflow.load()
+  from calrec_jax.description import describe, page, tables
+  from calrec_jax.text.templates import FIELDS, ItemTemplate
+  if options.html:
+    page.check_place(options.html)
+  found = describe.describe(options.dataset, vocabulary=options.vocabulary, length=options.length,
+                            item_length=options.item_length,
+                            template=ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown))
+  if options.html:
+    page.write(found, options.html)
+  return found, tables.as_text(found) + (f'\n\nWrote {options.html}.' if options.html else '')
 
 
 def _vocabulary(options: argparse.Namespace) -> Outcome:
@@ -113,11 +128,26 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--items', required=True, metavar='FILE', help='lines {"item_id", "title", "category", "brand", "price"}')
   _prepared(verb)
 
+  verb = make(verbs, 'describe', _describe, 'count what a data set is like: lengths, popularity, repeats, ties, texts',
+              'calrec describe data/gift_cards --vocabulary data/vocabulary.json --length 512 --html gift_cards.html')
+  verb.add_argument('dataset', metavar='DATASET', help='histories folder')
+  verb.add_argument('--vocabulary', metavar='FILE', help='count tokens too, and what a context cuts')
+  verb.add_argument('--length', type=positive, default=512, metavar='N',
+                    help="tokens of a history with its target, TASK_FEATURE_LENGTHS together (default %(default)s)")
+  verb.add_argument('--item_length', type=positive, default=64, metavar='N',
+                    help="most tokens of an item, TASK_FEATURE_LENGTHS' 'targets' (default %(default)s)")
+  verb.add_argument('--html', metavar='FILE', help='write a page with charts, too')
+  _template(verb)
+
   verb = make(verbs, 'vocabulary', _vocabulary, "train a small tokenizer on catalogues' texts",
                'calrec vocabulary --data data/gift_cards --size 1024 --out data/vocabulary.json')
   verb.add_argument('--data', nargs='+', required=True, metavar='DIR', help='histories folders')
   verb.add_argument('--size', type=positive, default=4096, help='most tokens (default %(default)s)')
   verb.add_argument('--out', required=True, help='file to write')
+  _template(verb)
+
+
+def _template(verb: argparse.ArgumentParser) -> None:
   verb.add_argument('--fields', nargs='+', help='as text.fields in the runs (default: all)')
   verb.add_argument('--unknown', default='write', help='as text.unknown in the runs (default %(default)s)')
 

@@ -20,8 +20,8 @@ from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.text.templates import ItemTemplate
 
 VERBS = [['download'], ['download', 'amazon'], ['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'],
-         ['vocabulary'], ['import'], ['train'], ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'], ['export'],
-         ['baselines'], ['compare'], ['ablate'], ['audit'], ['report'], ['plan']]
+         ['describe'], ['vocabulary'], ['import'], ['train'], ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'],
+         ['export'], ['baselines'], ['compare'], ['ablate'], ['audit'], ['report'], ['plan']]
 REVIEW = {'reviewerID': 'u', 'asin': 'a', 'unixReviewTime': 1, 'overall': 5.0}
 
 

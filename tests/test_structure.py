@@ -10,8 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # The layout's layers from top to bottom (docs: design). A module may import from its own layer and from those below.
 LAYERS = ['cli', 'evaluation_verbs', 'plan_verb', 'data_verbs', 'ablations', 'configurables', 'plan', 'runs', 'pretrained',
-          'evaluation', 'ranking', 'inference', 'training', 'models', 'tasks', 'text', 'data', 'gguf_files', 'provenance',
-          'outputs', 'storage', 'errors', 'quiet_tensorflow']
+          'description', 'evaluation', 'ranking', 'inference', 'training', 'models', 'tasks', 'text', 'data', 'gguf_files',
+          'provenance', 'outputs', 'storage', 'html_page', 'printable', 'errors', 'quiet_tensorflow']
 GIN_READERS = {'cli', 'configurables'}  # layers that may know of gin; all others take plain arguments
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 80  # without the docstring

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from calrec_jax.data.histories import Histories
 from calrec_jax.evaluation.generations import Generation
+from calrec_jax.printable import printable
 from calrec_jax.ranking.catalogue import Catalogue
 from calrec_jax.ranking.order import id_hash
 
@@ -54,11 +55,6 @@ def examples(
       f'    {title_of[line["target"]]}',
     ]))
   return '\n\n'.join(blocks) + '\n' if blocks else ''
-
-
-def printable(text: str) -> str:
-  """The text on one line, without characters that would steer a terminal."""
-  return ''.join(char if char.isprintable() else '\N{REPLACEMENT CHARACTER}' for char in ' '.join(text.split()))
 
 
 def _title(item: Mapping[str, str], text: str) -> str:

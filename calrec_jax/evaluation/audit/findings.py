@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from calrec_jax.data.histories import Histories
-from calrec_jax.evaluation.examples import printable
+from calrec_jax.printable import printable
 
 SERIOUS, NOTE = 'serious', 'note'
 EXAMPLES = 3

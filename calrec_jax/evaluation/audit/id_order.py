@@ -21,14 +21,19 @@ def check_id_order(dataset: Histories) -> Iterator[Finding]:
   timestamps, only those of one time: there the order is somebody's choice. Where there are none, all last two are; newer items
   often have greater ids, and that is no leak. So that is a note, and has the share among near ids too, where age says little.
   """
-  places = np.flatnonzero(np.diff(dataset.event_users) == 0) + 1
-  is_last = np.isin(places, dataset.offsets[1:] - 1)
+  places, is_last = neighbours(dataset)
   if dataset.timestamps is None:
     yield from _finding(dataset, places[is_last], "users' last two events")
     return
   tied = dataset.timestamps[places] == dataset.timestamps[places - 1]
   yield from _finding(dataset, places[tied], 'pairs of neighbours of one time')
   yield from _finding(dataset, places[tied & is_last], "users' last two events of one time")
+
+
+def neighbours(dataset: Histories) -> tuple[np.ndarray, np.ndarray]:
+  """(the places of events that follow one of the same user: int64 [P], whether each is its user's last: bool [P])."""
+  places = np.flatnonzero(np.diff(dataset.event_users) == 0) + 1
+  return places, np.isin(places, dataset.offsets[1:] - 1)
 
 
 def greater_later(dataset: Histories, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,14 @@
 """The page: a plain dict (`report.gather`) becomes HTML that needs no network, no font and, but for the search, no script."""
 
-import base64
-import hashlib
 import html
 import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 
 from calrec_jax.evaluation.evaluate import COLUMNS
-from calrec_jax.evaluation.examples import printable
-from calrec_jax.evaluation.report import curves
 from calrec_jax.evaluation.report.examples_part import examples_part
+from calrec_jax.html_page import charts
+from calrec_jax.html_page.document import document, escaped, table
 
 LIST_COLUMNS = {
   'coverage@10': ('Coverage@10', 'the share of the catalogue that is in the first ten of some list'),
@@ -24,53 +22,17 @@ WAYS = {'history': 'items before the target', 'target popularity': "the target's
         'category': "the target's category", 'price': "whether the target's price is known"}
 
 
-def escaped(text: object) -> str:
-  """A text for HTML, in it or as an attribute: on one line, without control characters."""
-  return html.escape(printable(str(text)))
-
-
 def page(found: Mapping) -> str:
   """The HTML of what `report.gather` found. Equal dicts give equal texts."""
-  style, script = (importlib.resources.files(__package__).joinpath(name).read_text(encoding='utf-8')
-                   for name in ('page.css', 'page.js'))
+  script = importlib.resources.files(__package__).joinpath('page.js').read_text(encoding='utf-8')
   data = found['data']
   title = f'Evaluation of {data["name"]}, {found["protocol"].get("split", "")} split' if data else 'Training runs'
-  parts = [(name, heading, content) for name, heading, content in (
+  return document(title, (
     ('results', 'Results', _results(found)), ('differences', 'Differences', _differences(found['compared'])),
     ('curves', 'Training', _curves(found['curves'])), ('slices', 'Groups of users', _slices(found)),
     ('lists', 'What the lists are like', _lists(found)), ('examples', 'Examples', examples_part(found['people'])),
     ('audit', 'Audit', _audit(found['audit'])), ('protocol', 'Protocol', _protocol(found['protocol'])),
-    ('origin', 'Origin', _origins(found['origins'])), ('notes', 'Notes', _notes(found['notes']))) if content]
-  links = ''.join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in parts)
-  sections = '\n'.join(f'<section aria-labelledby="{name}"><h2 id="{name}">{heading}</h2>{content}</section>'
-                       for name, heading, content in parts)
-  policy = (f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
-            "form-action 'none'")
-  return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-          f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-          f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escaped(title)}</title>\n'
-          f'<style>{style}</style>\n<script>{script}</script>\n</head>\n<body>\n<a class="skip" href="#content">Skip to the '
-          f'content</a>\n<header><h1>{escaped(title)}</h1><nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
-          f'<main id="content">\n{sections}\n</main>\n</body>\n</html>\n')
-
-
-def _digest(text: str) -> str:
-  return 'sha256-' + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_from: int | None = None) -> str:
-  """A table in a box of its own that scrolls, below its caption; cells and columns are HTML, the first of each row is its head.
-
-  `text_from`: the number of the cell from which cells hold text, which stands on the left.
-  """
-  head = ''.join(f'<th scope="col">{column}</th>' for column in columns)
-  kind = lambda number: ' class="text"' if text_from is not None and number >= text_from else ''
-  body = ''.join(f'<tr><th scope="row">{row[0]}</th>' + ''.join(
-    f'<td{kind(number)}>{cell}</td>' for number, cell in enumerate(row[1:], start=1)) + '</tr>' for row in rows)
-  label = escaped(caption.partition('. ')[0].rstrip('.'))
-  return (f'<figure><figcaption>{escaped(caption)}</figcaption><div class="scroll" role="region" tabindex="0" '
-          f'aria-label="{label}"><table aria-label="{label}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-          '</figure>')
+    ('origin', 'Origin', _origins(found['origins'])), ('notes', 'Notes', _notes(found['notes']))), script=script)
 
 
 def _best(values: Sequence[float | None]) -> float | None:
@@ -125,7 +87,7 @@ def _curves(found: Sequence[Mapping]) -> str:
   if not found:
     return ''
   legend = ''.join(f'<li><svg class="chart" width="48" height="14" viewBox="0 0 48 14" aria-hidden="true">'
-                   f'{curves.line(number, [(4, 7), (24, 7), (44, 7)])}</svg>{escaped(each["name"])}</li>'
+                   f'{charts.line(number, [(4, 7), (24, 7), (44, 7)])}</svg>{escaped(each["name"])}</li>'
                    for number, each in enumerate(found))
   drawn = []
   for by in ('step', 'epoch'):
@@ -133,7 +95,7 @@ def _curves(found: Sequence[Mapping]) -> str:
     for tag in tags:
       series = [(number, each['name'], each['lines'][tag]) for number, each in enumerate(found)
                 if each['by'] == by and tag in each['lines']]
-      drawn.append(curves.chart(tag, by, series))
+      drawn.append(charts.chart(tag, by, series))
   return (f'<ul class="legend">{legend}</ul><div class="charts">{"".join(drawn)}</div><p class="note">Losses are in nats. nig: '
           'next-item generation; ut and tt: the two contrastive losses. Of long curves some points are left out.</p>')
 

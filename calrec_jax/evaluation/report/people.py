@@ -9,8 +9,8 @@ from calrec_jax.data import json_lines
 from calrec_jax.data.histories import Histories
 from calrec_jax.errors import UserError
 from calrec_jax.evaluation.baselines.popularity import train_counts
-from calrec_jax.evaluation.examples import printable
 from calrec_jax.evaluation.generations import Generation
+from calrec_jax.printable import printable
 from calrec_jax.ranking.order import id_hash
 
 TOP, TEXTS, HISTORY = 10, 5, 20

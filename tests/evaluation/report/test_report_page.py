@@ -1,11 +1,11 @@
 """The page of `calrec report`: whole HTML without network, texts that stay texts, the numbers of metrics.json."""
 
-import html.parser
 import json
 import re
 import struct
 
 import pytest
+from html_page_parser import Page
 from refusals import refused
 from small_shop import write_shop
 
@@ -20,37 +20,6 @@ HOSTILE = '</script><img src=x onerror=alert(1)>\u2028<!-- & "\''
 TITLES = ['Strong Glue', HOSTILE, 'Garden Hose', 'Steel Hose', 'Duct Tape', 'Rope']
 USERS = {f'user{number}': [(number + step * (1 + number % 2)) % 6 for step in range(5)] for number in range(12)}
 USERS['<script>alert(2)</script>'] = [0, 1, 2, 1]
-VOID = {'meta', 'br', 'input', 'path', 'link', 'img', 'hr'}
-
-
-class Page(html.parser.HTMLParser):
-  """Elements in order, the texts in them, and what is not closed."""
-
-  def __init__(self, text):
-    super().__init__(convert_charrefs=True)
-    self.open, self.elements, self.wrong = [], [], []
-    self.feed(text)
-    self.close()
-
-  def handle_starttag(self, tag, attrs):
-    self.elements.append([tag, dict(attrs), ''])
-    if tag not in VOID:
-      self.open.append(self.elements[-1])
-
-  def handle_startendtag(self, tag, attrs):
-    self.elements.append([tag, dict(attrs), ''])
-
-  def handle_endtag(self, tag):
-    if not self.open or self.open.pop()[0] != tag:
-      self.wrong.append(tag)
-
-  def handle_data(self, data):
-    for element in self.open:
-      element[2] += data
-
-  def of(self, tag, **attributes):
-    return [(found, text) for name, found, text in self.elements
-            if name == tag and all(found.get(key.rstrip('_')) == value for key, value in attributes.items())]
 
 
 @pytest.fixture(scope='module')
@@ -193,20 +162,6 @@ def test_events_that_are_cut_off_and_go_on_in_a_second_file(tmp_path):
   found = curves.read_events(tmp_path)
   assert found == {'train/loss': [(1, 4.0), (2, 2.0)], 'x': [(3, 1.0)]}
   assert list(curves.training_curves(found)) == ['train/loss']
-
-
-@pytest.mark.parametrize(('low', 'high'), [(0, 1), (0, 0), (5, 5), (-3, 1e6), (1e-9, 2e-9), (0.0331, 0.0337)])
-def test_ticks_enclose_what_is_drawn(low, high):
-  found = curves.ticks(low, high, 5)
-  assert found == sorted(set(found)) and 2 <= len(found) <= 8
-  slack = 1e-6 * (found[1] - found[0])
-  assert found[0] <= low + slack and found[-1] >= high - slack
-
-
-def test_thinning_keeps_the_ends():
-  points = [(step, 1.0) for step in range(1000)]
-  found = curves.thinned(points)
-  assert found[0] == points[0] and found[-1] == points[-1] and len(found) <= 301
 
 
 def test_wrong_inputs_are_named_and_nothing_is_written(shop, tmp_path):

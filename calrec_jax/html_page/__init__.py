@@ -1,0 +1,1 @@
+"""What HTML pages of this project share: the document and its style, tables, charts."""
