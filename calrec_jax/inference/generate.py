@@ -273,9 +273,8 @@ def write_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
 
 def catalogue_texts(item_tokens: ItemTokens, vocabulary: TokenizerVocabulary) -> frozenset[str]:
   """The items' texts, as the vocabulary writes them."""
-  tokens, offsets = item_tokens.tokens.tolist(), item_tokens.offsets.tolist()
-  pieces = (tokens[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True))
-  return frozenset(vocabulary.decode(piece).lstrip(' ') for piece in pieces)
+  pieces = map(item_tokens.item, range(len(item_tokens.offsets) - 1))
+  return frozenset(vocabulary.decode(piece.tolist()).lstrip(' ') for piece in pieces)
 
 
 def text_shares(rows: Sequence[Mapping], catalogue: Container[str], n_samples: int) -> dict:
@@ -289,5 +288,7 @@ def text_shares(rows: Sequence[Mapping], catalogue: Container[str], n_samples: i
 
 
 def _digest(item_tokens: ItemTokens) -> str:
-  parts = (np.asarray(item_tokens.offsets, '<i8'), np.asarray(item_tokens.tokens, '<i4'))
-  return hashlib.sha256(b''.join(part.tobytes() for part in parts)).hexdigest()
+  digest = hashlib.sha256()
+  for part in (np.asarray(item_tokens.offsets, '<i8'), np.asarray(item_tokens.tokens, '<i4')):
+    digest.update(np.ascontiguousarray(part))  # where it lies: a mapped table is not copied
+  return digest.hexdigest()

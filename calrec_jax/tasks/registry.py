@@ -12,7 +12,7 @@ There is no BOS: where a vocabulary has one, who makes rows puts it first.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import seqio
@@ -62,7 +62,7 @@ def register(data_dir: str | os.PathLike, vocabulary: TokenizerVocabulary, *, na
   present = _folders(data_dir)
   names = sorted(set(names) if names is not None else {*CATEGORIES, *present})
   mixed = sorted(set(mixture_names)) if mixture_names else [name for name in names if name in present] or names
-  _check_names(names, mixture, mixed)
+  _check_names(names, mixture, mixed, present)
   for name in names:
     source = HistoriesSource(storage.join(data_dir, name), template=template, targets=targets)
     _register_task(name, source, vocabulary)
@@ -100,7 +100,7 @@ def _folders(data_dir: str | os.PathLike) -> set[str]:
           and not files.isdisjoint(storage.names(storage.join(data_dir, name)))}
 
 
-def _check_names(names: Sequence[str], mixture: str, mixed: Sequence[str]) -> None:
+def _check_names(names: Sequence[str], mixture: str, mixed: Sequence[str], present: Collection[str]) -> None:
   for name in (*names, mixture):
     if not re.fullmatch(r'[A-Za-z0-9_.]+', name):
       raise UserError(f'{name!r} cannot name a SeqIO Task or Mixture; rename it with letters, digits, "_" and ".".')
@@ -108,7 +108,9 @@ def _check_names(names: Sequence[str], mixture: str, mixed: Sequence[str]) -> No
     raise UserError(f'{mixture!r} names both a data set and the mixture; rename one of them.')
   unknown = sorted(set(mixed) - set(names))
   if unknown:
-    raise UserError(f'The mixture {mixture!r} names {unknown}, which are not data sets; known are {", ".join(names)}.')
+    there = [name for name in names if name in present]
+    raise UserError(f'The mixture {mixture!r} (inputs.mixture) names {", ".join(map(repr, unknown))}, which are not data sets; '
+                    f'DATA_DIR has {", ".join(there) or "none"}.')
 
 
 def _register_task(name: str, source: HistoriesSource, vocabulary: TokenizerVocabulary) -> None:

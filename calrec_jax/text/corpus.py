@@ -88,7 +88,7 @@ def build_corpus(sources: Sequence[Source], *, template: ItemTemplate, vocabular
   _, text_items = np.unique(text_ids, return_index=True)
   over = np.maximum(full_lengths - max_item_tokens, 0)
   return Corpus(
-      bank=np.concatenate([*banks, next_tokens, bos, first_tokens]).astype(np.int32),
+      bank=np.concatenate([*banks, next_tokens, bos, first_tokens], dtype=np.int32, casting='unsafe'),
       item_starts=np.concatenate(starts), item_lengths=np.minimum(full_lengths, max_item_tokens),
       item_sources=np.repeat(np.arange(len(sources)), [len(s.histories.items) for s in sources]),
       text_ids=text_ids, text_items=np.concatenate([[0], text_items]),

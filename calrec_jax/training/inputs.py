@@ -24,6 +24,8 @@ class Inputs:
     template: how an item becomes text.
     task_feature_lengths: tokens of `inputs` (the history) and `targets` (one item, the cap of every item's text); a history
       holds both together.
+    mixture: the data sets of `stage1_mixture`, by name; None: every histories folder in `data_dir`.
+    exponent: a data set's rate in `stage1_mixture` is its number of users to this power, scaled to a sum of 1.
   """
 
   data_dir: str
@@ -38,6 +40,12 @@ class Inputs:
     lengths = self.task_feature_lengths
     if set(lengths) != {'inputs', 'targets'} or min(lengths.values()) < 1:
       raise UserError(f"TASK_FEATURE_LENGTHS = {dict(lengths)}: give 'inputs' and 'targets', both at least 1.")
+    names = self.mixture
+    if names is not None and (isinstance(names, str) or not names or not all(isinstance(name, str) for name in names)):
+      raise UserError(f"inputs.mixture = {names!r}: give names in brackets, such as ('gift_cards', 'shop'), a single one with "
+                      "a comma, ('gift_cards',); None is every data set of DATA_DIR.")
+    if not isinstance(self.exponent, int | float) or not -10 <= self.exponent <= 10:
+      raise UserError(f'inputs.exponent = {self.exponent!r}: give a number from -10 to 10; the paper has 0.3.')
 
   @property
   def length(self) -> int:
@@ -65,6 +73,14 @@ class Inputs:
     """The corpus of one split."""
     return build_corpus(sources, template=self.template, vocabulary=self.vocabulary, split=split,
                         max_item_tokens=self.max_item_tokens)
+
+  def shares(self, sources: list[Source]) -> str:
+    """A line for each data set, with its users and its rate: the share of histories that are drawn from it."""
+    rows = [(source.histories.name, f'{len(source.histories.user_ids):,}', f'{source.rate:.4f}') for source in sources]
+    names, users, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    rule = f', at rates (number of users)^{self.exponent:g}' if self.mixture_or_task_name == registry.STAGE1_MIXTURE else ''
+    return '\n'.join([f'{self.mixture_or_task_name}: {len(rows)} data set{"s" * (len(rows) > 1)}{rule}',
+                      *(f'  {name:{names}}  {count:>{users}} users  rate {rate}' for name, count, rate in rows)])
 
   def text_description(self) -> dict:
     """What a checkpoint remembers of how its data became tokens."""

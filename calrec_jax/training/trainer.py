@@ -105,6 +105,7 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
     raise UserError(f'train.head_block = {head_block}: give at least 1.')
   resuming.check_folder(model_dir)
   sources = inputs.load()
+  logging.info('%s', inputs.shares(sources))
   decoder = with_vocabulary(decoder, inputs)
   trained = trainable.is_trained(decoder, frozen)
   bos = inputs.vocabulary.bos_id is not None
@@ -130,9 +131,10 @@ def train(*, model_dir: str, train_steps: int, batch_size: int, inputs: Inputs, 
   meter = Meter(plan, decoder, list(device_mesh.devices.flat))
   with _open_run(model_dir, inputs, schedule.keep, best) as store:
     if jax.process_index() == 0:
-      provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], rows=plan.report,
-                       shapes=dataclasses.asdict(plan.shapes), mesh=dict(device_mesh.shape), parameters=count(state.params),
-                       memory=memory)
+      users = {source.histories.name: len(source.histories.user_ids) for source in sources}
+      provenance.write(model_dir, gin_text=description['gin'], seed=seed, data=description['data'], users=users,
+                       rates=description['rates'], rows=plan.report, shapes=dataclasses.asdict(plan.shapes),
+                       mesh=dict(device_mesh.shape), parameters=count(state.params), memory=memory)
     logging.info('%s', memory)
     logging.info('%d training targets; %.1f%% of joint and %.1f%% of alone positions hold tokens.', plan.report['targets'],
                  100 * plan.report['joint_fill'], 100 * plan.report['alone_fill'])

@@ -1,7 +1,9 @@
 """Generation for a whole data set: one outcome for any batching, resumed to the same bytes, bad input named."""
 
+import dataclasses
 import functools
 import gzip
+import hashlib
 import json
 
 import flax.linen as nn
@@ -16,10 +18,11 @@ from calrec_jax.evaluation.generations import read_generations, shares
 from calrec_jax.inference import generate as module
 from calrec_jax.inference.generate import generate, merge, text_shares
 from calrec_jax.inference.sampling import Samples
+from calrec_jax.inference.trie import build_trie
 from calrec_jax.models import decoding
 from calrec_jax.models.decoder import Decoder
 from calrec_jax.models.decoder_config import DecoderConfig
-from calrec_jax.text.item_tokens import ItemTokens, item_tokens
+from calrec_jax.text.item_tokens import ItemTokens, item_tokens, load_item_tokens
 from calrec_jax.text.templates import ItemTemplate
 from calrec_jax.text.vocabularies import template_phrases, train_vocabulary
 
@@ -214,6 +217,20 @@ def test_the_longest_text_is_the_catalogues_percentile_and_its_end():
   table = ItemTokens(np.zeros(0, np.int32), np.cumsum([0] + [10] * 5000 + [90]))
   assert module.default_max_new_tokens(table, 64) == 11
   assert module.default_max_new_tokens(ItemTokens(table.tokens, np.array([0, 90])), 64) == 65
+
+
+def test_a_mapped_table_is_as_good_as_one_in_memory(tmp_path):
+  mapped = load_item_tokens(tmp_path, shop(), TEMPLATE, VOCABULARY)
+  assert not mapped.tokens.flags.writeable and not mapped.offsets.flags.writeable
+  expected = hashlib.sha256(TABLE.offsets.astype('<i8').tobytes() + TABLE.tokens.astype('<i4').tobytes()).hexdigest()
+  assert module._digest(mapped) == module._digest(TABLE) == expected
+  assert module.catalogue_texts(mapped, VOCABULARY) == module.catalogue_texts(TABLE, VOCABULARY) == set(TEXTS)
+  tries = [build_trie(table, max_item_tokens=64, eos_id=VOCABULARY.eos_id) for table in (mapped, TABLE)]
+  for field in dataclasses.fields(tries[0]):
+    np.testing.assert_array_equal(*(getattr(trie, field.name) for trie in tries))
+  run(tmp_path / 'mapped.gz', item_tokens=mapped)
+  run(tmp_path / 'memory.gz')
+  assert (tmp_path / 'mapped.gz').read_bytes() == (tmp_path / 'memory.gz').read_bytes()
 
 
 def test_forbidden_are_the_specials_and_the_rows_without_a_token():

@@ -240,6 +240,15 @@ def test_wrong_values_are_refused(data_dir, options, message):
     registry.register(data_dir, VOCABULARY, **options)
 
 
+def test_a_mixture_of_unknown_names_lists_the_data_sets_that_are_there(data_dir, tmp_path):
+  with pytest.raises(UserError) as found:
+    registry.register(data_dir, VOCABULARY, mixture_names=['shop', 'video_games', 'book'])
+  assert str(found.value) == ("The mixture 'stage1_mixture' (inputs.mixture) names 'book', 'shop', which are not data sets; "
+                              'DATA_DIR has own_shop, video_games.')
+  with pytest.raises(UserError, match='DATA_DIR has none'):
+    registry.register(tmp_path, VOCABULARY, mixture_names=['shop'])
+
+
 def test_a_missing_data_dir_is_named(tmp_path):
   with pytest.raises(UserError, match='nowhere: no such folder'):
     registry.register(tmp_path / 'nowhere', VOCABULARY)
