@@ -11,6 +11,10 @@ from calrec_jax.data import time_order
 from calrec_jax.errors import UserError
 
 EVENT_ORDERS = {'dump': 'time, line', 'hashed': 'time, tie, line'}
+REPEATS = {  # what is computed of an event, and which ones stay
+    'consecutive': (', lag(item) OVER history AS previous', 'previous IS DISTINCT FROM item'),
+    'none': ('', 'true'),
+    'first': (', row_number() OVER (PARTITION BY user, item ORDER BY {order}) AS occurrence', 'occurrence = 1')}
 
 
 class Steps:
@@ -46,16 +50,21 @@ def k_core(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
           AND item IN (SELECT item FROM events GROUP BY item HAVING count(*) >= {int(min_count)})""")
 
 
-def drop_repeats(connection: duckdb.DuckDBPyConnection, ties: str) -> None:
-  """Makes histories(user, item, time, rank): a user's events in order, without consecutive ones of one item."""
+def drop_repeats(connection: duckdb.DuckDBPyConnection, ties: str, dedup: str = 'consecutive') -> None:
+  """Makes histories(user, item, time, rank): a user's events in order, without repeats.
+
+  Repeats are, by `dedup`: `consecutive`, an event of the same item as the one before; `first`, all but the first event of an
+  item; `none`, nothing.
+  """
   events = 'events' if ties == 'dump' else f"""(
       SELECT events.*, {time_order.SQL_TIE_HASH.format(user='users.id', item='items.id')} AS tie
       FROM events JOIN users ON user = users.code JOIN items ON item = items.code)"""
+  columns, kept = REPEATS[dedup]
   connection.execute(f"""
       CREATE TABLE histories AS SELECT user, item, time, rank FROM (
-        SELECT *, row_number() OVER history AS rank, lag(item) OVER history AS previous
+        SELECT *, row_number() OVER history AS rank{columns.format(order=EVENT_ORDERS[ties])}
         FROM {events} WINDOW history AS (PARTITION BY user ORDER BY {EVENT_ORDERS[ties]}))
-      WHERE previous IS DISTINCT FROM item""")
+      WHERE {kept}""")
 
 
 def arrays(connection: duckdb.DuckDBPyConnection) -> dict:
