@@ -164,21 +164,21 @@ class _Log:
     if not self._size('raw'):
       raise UserError(f'{paths[0]}: holds no event.')
     times = time_units.recognise(self.connection, 'raw', unit, f'{self.tables[0].path}: column {parts[0][0]["time"]!r}')
-    good = {'user': 'user IS NOT NULL', 'item': 'item IS NOT NULL', 'time': f'{times.sql} IS NOT NULL',
-            **({'rating': f'isfinite({_RATING})'} if rated else {})}
-    for found, bad, begin, end in parts:
-      self._check_rows('raw', found, good, bad, begin, end)
     self.connection.execute(f"""
-        CREATE TABLE good AS SELECT user, item, {times.sql} AS time{f', {_RATING} AS rating' if rated else ''}, rowid AS line
-          FROM raw WHERE {' AND '.join(good.values())};
+        CREATE TABLE parsed AS SELECT user, item, {times.sql} AS time{f', {_RATING} AS rating' if rated else ''}, rowid AS line
+          FROM raw""")
+    for found, bad, begin, end in parts:
+      self._check_rows('raw', 'parsed', found, roles, bad, begin, end)
+    self.connection.execute(f"""
         DROP TABLE raw;
+        CREATE VIEW good AS SELECT * FROM parsed WHERE {_all_there(roles)};
         CREATE TABLE users AS SELECT user AS id, row_number() OVER (ORDER BY user) - 1 AS code
           FROM (SELECT DISTINCT user FROM good);
         CREATE TABLE items AS SELECT item AS id, row_number() OVER (ORDER BY item) - 1 AS code
           FROM (SELECT DISTINCT item FROM good);
         CREATE TABLE events AS SELECT good.* REPLACE (users.code AS user, items.code AS item)
           FROM good JOIN users ON user = users.id JOIN items ON item = items.id;
-        DROP TABLE good""")
+        DROP VIEW good; DROP TABLE parsed""")
     self.bar.update()
     return times
 
@@ -189,7 +189,7 @@ class _Log:
     self.connection.execute(f'CREATE TABLE texts (item_id VARCHAR, {", ".join(f"{field} JSON" for field in fields)})')
     tables.load(self.connection, table, [(found['item_id'], 'id'), *((found[field], 'json') for field in fields)], 'texts',
                 bad=bad, work=self.work)
-    self._check_rows('texts', found, {'item_id': 'item_id IS NOT NULL'}, bad, 0, self._size('texts'))
+    self._check_rows('texts', 'texts', found, ['item_id'], bad, 0, self._size('texts'))
     separator = table.layout.lists.get(found.get('category')) if table.layout else None
     shop = _Shop(table.path, {}, 0)
     known: dict[str, dict[str, str]] = {}
@@ -220,19 +220,21 @@ class _Log:
   def _size(self, table: str) -> int:
     return self.connection.execute(f'SELECT count(*) FROM {table}').fetchone()[0]
 
-  def _check_rows(self, table: str, found: Mapping[str, str], good: Mapping[str, str], bad: json_lines.BadLines, begin: int,
-                  end: int) -> None:
-    """Counts the rows of one file that are not good. Raises UserError, with the first one, if there are too many bad ones."""
+  def _check_rows(self, raw: str, parsed: str, found: Mapping[str, str], roles: Sequence[str], bad: json_lines.BadLines,
+                  begin: int, end: int) -> None:
+    """Counts the rows of one file, `begin` up to `end` of the table `parsed`, in which something needed is NULL.
+
+    Raises UserError, with the first one as the table `raw` has it, if there are too many bad ones.
+    """
     n_bad, first = self.connection.execute(f"""
-        SELECT count(*), min(rowid) FROM {table}
-        WHERE rowid >= {begin} AND rowid < {end} AND NOT coalesce({' AND '.join(good.values())}, false)""").fetchone()
+        SELECT count(*), min(rowid) FROM {parsed} WHERE rowid >= {begin} AND rowid < {end} AND NOT ({_all_there(roles)})"""
+                                           ).fetchone()
     self.n_bad += bad.count + n_bad
     if not n_bad or bad.count + n_bad <= self.max_bad_lines:
       return
-    row = self.connection.execute(f'SELECT {", ".join(good)} FROM {table} WHERE rowid = {first}').fetchone()
-    fine = self.connection.execute(f'SELECT {", ".join(f"coalesce({rule}, false)" for rule in good.values())} FROM {table} '
-                                   f'WHERE rowid = {first}').fetchone()
-    role, value = next((role, value) for role, value, is_fine in zip(good, row, fine, strict=True) if not is_fine)
+    read, there = (self.connection.execute(f'SELECT {", ".join(roles)} FROM {table} WHERE rowid = {first}').fetchone()
+                   for table in (raw, parsed))
+    role, value = next((role, value) for role, value, parsed in zip(roles, read, there, strict=True) if parsed is None)
     what = {'time': 'a time', 'rating': 'a number'}.get(role, 'an id (a text or a whole number)')
     told = f'is {value!r}, where {what} is expected' if value else f'is missing, or is not {what}'
     more = f' ({bad.count + n_bad:,} bad rows, {self.max_bad_lines} tolerated)' if self.max_bad_lines else ''
@@ -240,7 +242,11 @@ class _Log:
                     '--max_bad_lines.')
 
 
-_RATING = 'TRY_CAST(rating AS DOUBLE)'
+_RATING = 'CASE WHEN isfinite(TRY_CAST(rating AS DOUBLE)) THEN TRY_CAST(rating AS DOUBLE) END'
+
+
+def _all_there(roles: Sequence[str]) -> str:
+  return ' AND '.join(f'{role} IS NOT NULL' for role in roles)
 
 
 def _cleaned(field: str, value: str | None, separator: str | None) -> str:
