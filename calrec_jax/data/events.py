@@ -77,7 +77,7 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
     if value not in choices:
       raise UserError(f'{option} = {value!r}: choose one of {", ".join(choices)}.')
   with outputs.new_folder(out) as scratch, _workplace(scratch, tmp_dir) as work:
-    bar = tqdm.tqdm(total=5, desc=f'preparing {name}', leave=False, delay=1, disable=not progress)
+    bar = tqdm.tqdm(total=len(events) + 4, desc=f'preparing {name}', leave=False, delay=1, disable=not progress)
     with bar, _connection(work, memory_limit, threads) as connection:
       log = _Log(connection, work, max_bad_lines, bar)
       times = log.read_events(events, event_columns or {}, time_unit, rated=min_rating is not None)

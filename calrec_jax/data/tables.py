@@ -100,19 +100,20 @@ def load(connection: duckdb.DuckDBPyConnection, table: Table, columns: Sequence[
   link = work / f'table-{len(os.listdir(work))}'
   link.symlink_to(table.path.absolute())  # a name that is no pattern for DuckDB
   try:
-    connection.execute(f'INSERT INTO {into} {_select(connection, table, columns, link)}')
+    try:
+      connection.execute(f'INSERT INTO {into} {_select(connection, table, columns, link)}')
+    except _REFUSALS:
+      if table.parquet:
+        raise
+      repaired = work / f'{link.name}-repaired'
+      if table.layout is None:
+        plain = _repair_json(table, [column for column, _ in columns], repaired, bad)
+        columns = [(name, wanted) for name, (_, wanted) in zip(plain.columns, columns, strict=True)]
+      else:
+        plain = _repair_text(table, repaired, bad)
+      connection.execute(f'INSERT INTO {into} {_select(connection, plain, columns, repaired)}')
   except _REFUSALS as error:
-    if table.parquet:
-      raise UserError(f'{table.path}: cannot be read ({str(error).splitlines()[0]}); write it anew.') from error
-    repaired = work / f'{link.name}-repaired'
-    if table.layout is None:
-      plain = _repair_json(table, [column for column, _ in columns], repaired, bad)
-      columns = [(name, wanted) for name, (_, wanted) in zip(plain.columns, columns, strict=True)]
-    else:
-      plain = _repair_text(table, repaired, bad)
-    connection.execute(f'INSERT INTO {into} {_select(connection, plain, columns, repaired)}')
-  finally:
-    link.unlink()
+    raise UserError(f'{table.path}: cannot be read ({str(error).splitlines()[0]}); write it anew.') from error
 
 
 def _keys(path: pathlib.Path) -> tuple[str, ...]:
