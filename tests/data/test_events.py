@@ -18,7 +18,7 @@ import refusals
 from hypothesis import strategies as st
 
 from calrec_jax import cli
-from calrec_jax.data import describe, events, filtering, histories, json_lines
+from calrec_jax.data import amazon, describe, events, filtering, histories, json_lines
 
 FORMS = ('csv', 'csv.gz', 'tsv', 'jsonl', 'jsonl.gz', 'parquet')
 EVENTS = [{'user': f'u{user}', 'item': f'i{(user + step) % 4}', 'time': 1_600_000_000 + step}
@@ -52,8 +52,8 @@ def prepare(folder, rows=EVENTS, items=ITEMS, *, form='csv', out='out', **option
   return events.prepare_events([log], shop, name='x', out=folder / out, **{'min_length': 1, 'progress': False, **options})
 
 
-def read(log, shop, **options):
-  return events.prepare_events([log], shop, **{'name': 'x', 'out': log.parent / 'out', 'progress': False, **options})
+def read(log, shop, out, **options):
+  return events.prepare_events([log], shop, name='x', out=out, progress=False, **options)
 
 
 def contents(folder):
@@ -161,6 +161,17 @@ def test_a_user_with_100_000_events(tmp_path):
   assert contents(tmp_path / 'out') == plain(rows, ITEMS)
 
 
+@pytest.mark.parametrize('name', ['Gift_Cards', 'Magazine_Subscriptions', 'All_Beauty'])
+@pytest.mark.parametrize('ties', ['dump', 'hashed'])
+def test_a_real_dump_read_as_a_table_gives_what_it_gives_as_a_dump(real_data, tmp_path, name, ties):
+  reviews = real_data / f'amazon2018_raw/{name}_5.json.gz'
+  expected = amazon.prepare_dumps([reviews], name='x', out=tmp_path / 'dump', ties=ties, progress=False)
+  found = read(reviews, tmp_path / 'dump/items.jsonl.gz', tmp_path / 'out', min_count=5, ties=ties, unknown_items='keep')
+  assert found['fingerprint'] == expected['fingerprint'] and found['steps'] == expected['steps']
+  assert found['columns'] == {'user': 'reviewerID', 'item': 'asin', 'time': 'unixReviewTime', 'item_id': 'item_id',
+                              **{field: field for field in histories.FIELDS}}
+
+
 # The files of others, as they are.
 
 def movielens(rows, layout):
@@ -240,7 +251,7 @@ def test_columns_that_could_be_either_are_refused(tmp_path):
   prepare(tmp_path, items=[item | {'genres': 'x'} for item in ITEMS], item_columns={'category': ''})
   assert {item['category'] for item in histories.load(tmp_path / 'out').items} == {''}
   (tmp_path / 'twice.csv').write_text('user,user,item,time\na,b,i1,1\n')
-  refusals.refused(lambda: read(tmp_path / 'twice.csv', tmp_path / 'items.csv', out=tmp_path / 'o'), "2 columns 'user'")
+  refusals.refused(lambda: read(tmp_path / 'twice.csv', tmp_path / 'items.csv', tmp_path / 'o'), "2 columns 'user'")
 
 
 # Items.
@@ -299,7 +310,7 @@ def refuse(tmp_path, name, content, *words, shop=None, **options):
   (tmp_path / name).write_bytes(content)
   shop = shop or write(tmp_path / 'items.csv', ITEMS, 'csv')
   before = sorted(os.listdir(tmp_path))
-  refusals.refused(lambda: read(tmp_path / name, shop, **options), name, *words)
+  refusals.refused(lambda: read(tmp_path / name, shop, tmp_path / 'out', **options), name, *words)
   assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -351,24 +362,24 @@ def test_tolerated_rows_are_left_out_and_counted(tmp_path):
   content = HEAD + GOOD * 2 + b'a,i2,x\n,i2,1600000000\na,i2\n' + b'a,i3,1600000009\n' + b'a,"i2,1\n'
   (tmp_path / 'e.csv').write_bytes(content)
   shop = write(tmp_path / 'items.csv', ITEMS, 'csv')
-  description = read(tmp_path / 'e.csv', shop, min_length=1, max_bad_lines=4)
+  description = read(tmp_path / 'e.csv', shop, tmp_path / 'out', min_length=1, max_bad_lines=4)
   assert description['bad_lines'] == 4 and description['steps'][0]['events'] == 3
   shutil.rmtree(tmp_path / 'out')
   refuse(tmp_path, 'e.csv', content, '(4 bad rows, 3 tolerated)', max_bad_lines=3)
 
 
 def test_a_path_that_is_a_folder_or_missing(tmp_path):
-  shop = write(tmp_path / 'items.csv', ITEMS, 'csv')
+  log, shop = write(tmp_path / 'e.csv', EVENTS, 'csv'), write(tmp_path / 'items.csv', ITEMS, 'csv')
   (tmp_path / 'dir.csv').mkdir()
   for name, word in (('dir.csv', 'is a folder'), ('none.csv', 'no such file')):
-    refusals.refused(lambda name=name: read(tmp_path / name, shop), name, word)
-    refusals.refused(lambda name=name: read(write(tmp_path / 'e.csv', EVENTS, 'csv'), tmp_path / name), name, word)
+    refusals.refused(lambda name=name: read(tmp_path / name, shop, tmp_path / 'out'), name, word)
+    refusals.refused(lambda name=name: read(log, tmp_path / name, tmp_path / 'out'), name, word)
 
 
 def test_names_of_files_are_no_patterns(tmp_path):
   write(tmp_path / 'a1.csv', EVENTS * 2, 'csv')
   log = write(tmp_path / "a[1]*'.csv", EVENTS, 'csv')
-  assert read(log, write(tmp_path / 'i.csv', ITEMS, 'csv'))['steps'][0]['events'] == 12
+  assert read(log, write(tmp_path / 'i.csv', ITEMS, 'csv'), tmp_path / 'out')['steps'][0]['events'] == 12
 
 
 @pytest.mark.parametrize('options, words', [
