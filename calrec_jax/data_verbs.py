@@ -116,8 +116,8 @@ def _of_events(group: Any, positive: Callable[[str], int]) -> None:
                      'the whole column (default auto)')
   group.add_argument('--min_count', type=int, help='k of the k-core, users and items (default 0: none)')
   group.add_argument('--min_rating', type=float, help='events with a lower rating are dropped (default: all stay)')
-  group.add_argument('--dedup', help='of a user\'s events of one item drop the consecutive ones, all but the first, or none '
-                     '(default consecutive)')
+  group.add_argument('--dedup', help='of a user\'s events of one item these go: consecutive ones (consecutive), all but the '
+                     'first (first), or none (none) (default consecutive)')
   group.add_argument('--unknown_items', help='items with events and without texts: refuse, keep, or drop their events '
                      '(default refuse)')
   group.add_argument('--all_items', action='store_true', default=None, help='keep items without events too')
