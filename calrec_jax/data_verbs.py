@@ -9,6 +9,9 @@ from calrec_jax import quiet_tensorflow, storage
 from calrec_jax.errors import UserError
 
 Outcome = tuple[Any, str]  # what --json prints, what is printed else
+# Flags of `prepare histories` that say how to read a table of events.
+OF_EVENTS = ('user_column', 'item_column', 'time_column', 'rating_column', 'item_columns', 'time_unit', 'min_count',
+             'min_rating', 'dedup', 'unknown_items', 'all_items', 'memory_limit', 'threads', 'tmp_dir')
 
 
 def _download_amazon(options: argparse.Namespace) -> Outcome:
@@ -47,10 +50,18 @@ def _prepare_dumps(options: argparse.Namespace) -> Outcome:
 
 
 def _prepare_histories(options: argparse.Namespace) -> Outcome:
-  from calrec_jax.data import describe, histories
-  description = histories.prepare(
-      options.sequences, options.items, name=options.name, out=options.out, min_length=options.min_length,
-      max_bad_lines=options.max_bad_lines, ties=options.ties, split=options.split)
+  from calrec_jax.data import columns, describe, events, histories
+  common = {'name': options.name, 'out': options.out, 'min_length': options.min_length, 'max_bad_lines': options.max_bad_lines,
+            'ties': options.ties, 'split': options.split}
+  if options.sequences:
+    if foreign := [flag for flag in OF_EVENTS if getattr(options, flag) not in (None, False)]:
+      raise UserError(f'--{foreign[0]}: belongs to --events; ready sequences are taken as they are.')
+    description = histories.prepare(options.sequences, options.items, **common)
+  else:
+    given = {flag: getattr(options, flag) for flag in OF_EVENTS if getattr(options, flag) is not None}
+    description = events.prepare_events(
+        options.events, options.items, **common, item_columns=columns.parse_item_columns(given.pop('item_columns', [])),
+        event_columns={role: given.pop(f'{role}_column') for role in columns.EVENT_NAMES if f'{role}_column' in given}, **given)
   return description, describe.format_description(description)
 
 
@@ -112,7 +123,7 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--categories', type=positive, default=3, help='categories (default %(default)s)')
   verb.add_argument('--seed', type=int, default=0, help='of the generator (default %(default)s)')
 
-  prepare = verbs.add_parser('prepare', help='turn dumps, or ready sequences, into a histories folder', allow_abbrev=False)
+  prepare = verbs.add_parser('prepare', help='turn dumps, or a log of your own, into a histories folder', allow_abbrev=False)
   kinds = prepare.add_subparsers(dest='kind', required=True, metavar='KIND')
   verb = make(kinds, 'dumps', _prepare_dumps, 'raw review and metadata dumps (Amazon 2018)',
                'calrec prepare dumps --reviews Gift_Cards_5.json.gz --meta meta_Gift_Cards.json.gz \\\n'
@@ -121,12 +132,19 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--meta', nargs='+', default=[], metavar='FILE', help='metadata dumps')
   verb.add_argument('--min_count', type=int, default=5, help='k of the k-core, users and items (default %(default)s)')
   _prepared(verb)
-  verb = make(kinds, 'histories', _prepare_histories, 'ready sequences of items, one line a user',
+  verb = make(kinds, 'histories', _prepare_histories, 'your own log: ready sequences, or a table of events; MovieLens, RecBole',
                'calrec prepare histories --sequences sequences.jsonl.gz --items items.jsonl.gz \\\n'
+               '      --name shop --out data/shop\n'
+               '  calrec prepare histories --events events.csv --items items.csv --item_columns title=name,category=genre \\\n'
                '      --name shop --out data/shop')
-  verb.add_argument('--sequences', required=True, metavar='FILE', help='lines {"user_id", "item_ids": [...]}')
-  verb.add_argument('--items', required=True, metavar='FILE', help='lines {"item_id", "title", "category", "brand", "price"}')
+  log = verb.add_mutually_exclusive_group(required=True)
+  log.add_argument('--sequences', metavar='FILE', help='JSON lines {"user_id", "item_ids": [...]}, a line a user, or Parquet')
+  log.add_argument('--events', nargs='+', metavar='FILE', help='rows of a user, an item and a time: CSV, TSV, JSON lines '
+                   '(gzipped or not), Parquet, a file of MovieLens, or .inter of RecBole')
+  verb.add_argument('--items', required=True, metavar='FILE', help='{"item_id", "title", "category", "brand", "price"} as JSON '
+                    'lines or Parquet; beside --events also in any form that events may have')
   _prepared(verb)
+  _of_events(verb.add_argument_group('of --events'), positive)
 
   verb = make(verbs, 'describe', _describe, 'count what a data set is like: lengths, popularity, repeats, ties, texts',
               'calrec describe data/gift_cards --vocabulary data/vocabulary.json --length 512 --html gift_cards.html')
@@ -150,6 +168,25 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
 def _template(verb: argparse.ArgumentParser) -> None:
   verb.add_argument('--fields', nargs='+', help='as text.fields in the runs (default: all)')
   verb.add_argument('--unknown', default='write', help='as text.unknown in the runs (default %(default)s)')
+
+
+def _of_events(group: Any, positive: Callable[[str], int]) -> None:
+  for role in ('user', 'item', 'time', 'rating'):
+    group.add_argument(f'--{role}_column', metavar='NAME', help=f'column of the {role} (default: told by usual names)')
+  group.add_argument('--item_columns', nargs='+', metavar='WHAT=NAME', help='columns of the items file for item_id, title, '
+                     'category, brand, price, such as title=name,category=genre; nothing behind = for none')
+  group.add_argument('--time_unit', help='seconds, milliseconds, microseconds, nanoseconds, dates (ISO 8601), or auto: told by '
+                     'the whole column (default auto)')
+  group.add_argument('--min_count', type=int, help='k of the k-core, users and items (default 0: none)')
+  group.add_argument('--min_rating', type=float, help='events with a lower rating are dropped (default: all stay)')
+  group.add_argument('--dedup', help='of a user\'s events of one item these go: consecutive ones (consecutive), all but the '
+                     'first (first), or none (none) (default consecutive)')
+  group.add_argument('--unknown_items', help='items with events and without texts: refuse, keep, or drop their events '
+                     '(default refuse)')
+  group.add_argument('--all_items', action='store_true', default=None, help='keep items without events too')
+  group.add_argument('--memory_limit', metavar='SIZE', help="of DuckDB, such as 4GB (default: DuckDB's, 80 %% of the memory)")
+  group.add_argument('--threads', type=positive, help='of DuckDB (default: all cores); the result is the same')
+  group.add_argument('--tmp_dir', metavar='DIR', help='where DuckDB puts what does not fit memory (default: beside the output)')
 
 
 def _prepared(verb: argparse.ArgumentParser) -> None:

@@ -149,6 +149,9 @@ def test_the_commands_of_the_readme(publisher, tmp_path, monkeypatch):
   write('items.jsonl.gz', [{'item_id': i} | item for i, item in zip(shop.item_ids, shop.items, strict=True)])
   write('sequences.jsonl.gz', [{'user_id': user, 'item_ids': [shop.item_ids[i] for i in shop.history(number)]}
                                for number, user in enumerate(shop.user_ids)])
+  pathlib.Path('events.csv').write_text('user_id,item_id,timestamp\n' + ''.join(
+      f'{user},{(user + day) % 9},{1_600_000_000 + day}\n' for user in range(20) for day in range(5)))
+  pathlib.Path('products.csv').write_text('item_id,name,genre\n' + ''.join(f'{n},"Film, {n}",Drama\n' for n in range(9)))
   small = {
       'download': ['--yes', '--mirror', publisher.url],
       'train': ['--gin.TRAIN_STEPS=2', '--gin.BATCH_SIZE=8', "--gin.TASK_FEATURE_LENGTHS={'inputs': 96, 'targets': 32}",

@@ -113,6 +113,19 @@ def test_bad_sequences(tmp_path, capsys):
   refused(capsys, prepare, 'ghost', absent=tmp_path / 'out')
 
 
+def test_bad_events(tmp_path, capsys):
+  (tmp_path / 'events.csv').write_text('user,item,when\nu,a,1600000000\n')
+  (tmp_path / 'items.csv').write_text('item_id,title\nb,B\n')
+  out = tmp_path / 'out'
+  prepare = ['prepare', 'histories', '--events', tmp_path / 'events.csv', '--items', tmp_path / 'items.csv', '--name', 'n',
+             '--out', out, '--min_length', '1']
+  refused(capsys, prepare, 'events.csv', '--time_column', 'user, item, when', absent=out)
+  refused(capsys, [*prepare, '--time_column', 'when'], 'items.csv', '1 of the 1 items with events', "'a'", absent=out)
+  refused(capsys, [*prepare, '--sequences', 'x'], '--sequences', '--events')
+  assert cli.main([str(word) for word in [*prepare, '--time_column', 'when', '--unknown_items', 'keep', '--json']]) == 0
+  assert json.loads(capsys.readouterr().out)['metadata']['items_without'] == 1
+
+
 @pytest.mark.parametrize('changes, words', [
     (['--gin.trian.seed=1'], ["'trian'", "'train'"]),
     (['--gin.train.sed=1'], ['sed']),

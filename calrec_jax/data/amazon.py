@@ -21,17 +21,15 @@ import tempfile
 from collections.abc import Sequence
 
 import duckdb
-import numpy as np
 import tqdm
 
 from calrec_jax import outputs, storage
-from calrec_jax.data import cleaning, histories, json_lines, time_order
+from calrec_jax.data import cleaning, filtering, histories, json_lines, time_order
 from calrec_jax.errors import UserError
 
 _REVIEW_FIELDS = ('reviewerID', 'asin', 'unixReviewTime')
 _META_FIELDS = ('asin', 'title', 'category', 'brand', 'price')
 _IDS = ('reviewerID', 'asin')
-_EVENT_ORDERS = {'dump': 'time, line', 'hashed': 'time, tie, line'}
 _CLEANERS = {'title': cleaning.clean_text, 'category': cleaning.clean_category, 'brand': cleaning.clean_brand,
              'price': cleaning.clean_price}
 
@@ -71,7 +69,7 @@ def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.
       dumps = _Dumps(connection, pathlib.Path(work), max_bad_lines, bar)
       dumps.read_reviews(reviews)
       steps = _filter(connection, bar, min_count=min_count, min_length=min_length, ties=ties, n_bad=dumps.n_bad)
-      arrays = _arrays(connection)
+      arrays = filtering.arrays(connection)
       bar.update()
       items, metadata = dumps.read_items(meta, arrays['item_ids'])
       data = histories.Histories(name, arrays['user_ids'], arrays['item_ids'], items, arrays['offsets'],
@@ -212,68 +210,16 @@ def _filter(connection: duckdb.DuckDBPyConnection, bar: tqdm.tqdm, *, min_count:
 
   Returns what each step left and dropped. Raises UserError, naming the step, when nothing is left.
   """
-  steps: list[dict] = []
-
-  def count(step: str, table: str, cure: str) -> None:
-    events, users, items = connection.execute(
-        f'SELECT count(*), count(DISTINCT user), count(DISTINCT item) FROM {table}').fetchone()
-    before = steps[-1]['events'] if steps else events
-    if not events:
-      raise UserError(f'Nothing is left: step "{step}" dropped the last {before:,} events; {cure}.')
-    steps.append({'step': step, 'dropped': before - events, 'events': events, 'users': users, 'items': items})
-
-  count('read', 'events', f'the review files hold no event ({n_bad} bad lines)')
-  _k_core(connection, min_count)
-  count(f'k-core, at least {min_count} events', 'events', 'give a smaller --min_count, or more reviews')
+  steps = filtering.Steps(connection)
+  steps.count('read', 'events', f'the review files hold no event ({n_bad} bad lines)')
+  filtering.k_core(connection, min_count)
+  steps.count(f'k-core, at least {min_count} events', 'events', 'give a smaller --min_count, or more reviews')
   bar.update()
-  _drop_repeats(connection, ties)
-  count('consecutive duplicates', 'histories', 'a bug')
+  filtering.drop_repeats(connection, ties)
+  steps.count('consecutive duplicates', 'histories', 'a bug')
   connection.execute(f"""
       DELETE FROM histories
       WHERE user IN (SELECT user FROM histories GROUP BY user HAVING count(*) < {int(min_length)})""")
-  count(f'histories shorter than {min_length}', 'histories', 'give a smaller --min_length, or more reviews')
+  steps.count(f'histories shorter than {min_length}', 'histories', 'give a smaller --min_length, or more reviews')
   bar.update()
-  return steps
-
-
-def _k_core(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
-  """Drops users and items with fewer than `min_count` events from the table events, until all have as many.
-
-  The largest such set is unique, so the order of the droppings does not matter.
-  """
-  before = None
-  while before != (before := connection.execute('SELECT count(*) FROM events').fetchone()):
-    connection.execute(f"""
-        CREATE OR REPLACE TABLE events AS SELECT * FROM events
-        WHERE user IN (SELECT user FROM events GROUP BY user HAVING count(*) >= {int(min_count)})
-          AND item IN (SELECT item FROM events GROUP BY item HAVING count(*) >= {int(min_count)})""")
-
-
-def _drop_repeats(connection: duckdb.DuckDBPyConnection, ties: str) -> None:
-  """Makes histories(user, item, time, rank): a user's events in order, without consecutive ones of one item."""
-  events = 'events' if ties == 'dump' else f"""(
-      SELECT events.*, {time_order.SQL_TIE_HASH.format(user='users.id', item='items.id')} AS tie
-      FROM events JOIN users ON user = users.code JOIN items ON item = items.code)"""
-  connection.execute(f"""
-      CREATE TABLE histories AS SELECT user, item, time, rank FROM (
-        SELECT *, row_number() OVER history AS rank, lag(item) OVER history AS previous
-        FROM {events} WINDOW history AS (PARTITION BY user ORDER BY {_EVENT_ORDERS[ties]}))
-      WHERE previous IS DISTINCT FROM item""")
-
-
-def _arrays(connection: duckdb.DuckDBPyConnection) -> dict:
-  """The table histories as ids and arrays (see `histories.Histories`), users and items by id."""
-  columns = connection.execute('SELECT user, item, time FROM histories ORDER BY user, rank').fetchnumpy()
-  users, counts = np.unique(columns['user'], return_counts=True)
-  items, events = np.unique(columns['item'], return_inverse=True)
-  ids = {}
-  for table, codes in (('users', users), ('items', items)):
-    all_ids = [row[0] for row in connection.execute(f'SELECT id FROM {table} ORDER BY code').fetchall()]
-    ids[table] = [all_ids[code] for code in codes]
-  return {
-      'user_ids': ids['users'],
-      'item_ids': ids['items'],
-      'offsets': np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-      'events': events.astype(np.int32),
-      'timestamps': np.asarray(columns['time'], np.int64),
-  }
+  return steps.rows

@@ -47,6 +47,10 @@ def format_description(description: dict) -> str:
   for step in description['steps']:
     counts = ' '.join(f'{step[what]:>12,}' for what in ('dropped', 'events', 'users', 'items'))
     rows.append(f'  {step["step"]:34} {counts}')
+  if 'columns' in description:
+    times = description['times']
+    rows += [f'  columns: {", ".join(f"{what} {column}" for what, column in description["columns"].items())}',
+             f'  times: {times["unit"]}, from {times["first"]} to {times["last"]} UTC']
   for what, count in description.get('metadata', {}).items():
     rows.append(f'  metadata: {what.replace("_", " ")}: {count:,}')
   return '\n'.join(rows + [''] + _format_statistics(description['statistics'])

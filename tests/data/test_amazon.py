@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from calrec_jax.data import amazon, describe, histories, time_order
+from calrec_jax.data import amazon, describe, filtering, histories, time_order
 from calrec_jax.errors import UserError
 
 
@@ -134,11 +134,11 @@ def test_law_11_on_any_small_dump(rows, odd, min_count, min_length, ties, random
 
 
 def ties_by_item(monkeypatch):
-  monkeypatch.setitem(amazon._EVENT_ORDERS, 'dump', 'time, item')
+  monkeypatch.setitem(filtering.EVENT_ORDERS, 'dump', 'time, item')
 
 
 def repeats_dropped_before_the_k_core(monkeypatch):
-  k_core = amazon._k_core
+  k_core = filtering.k_core
 
   def mutant(connection, min_count):
     connection.execute("""
@@ -146,7 +146,7 @@ def repeats_dropped_before_the_k_core(monkeypatch):
           SELECT *, lag(item) OVER (PARTITION BY user ORDER BY time, line) AS previous FROM events)
         WHERE previous IS DISTINCT FROM item""")
     k_core(connection, min_count)
-  monkeypatch.setattr(amazon, '_k_core', mutant)
+  monkeypatch.setattr(filtering, 'k_core', mutant)
 
 
 def one_round_of_the_k_core(monkeypatch):
@@ -155,7 +155,7 @@ def one_round_of_the_k_core(monkeypatch):
       connection.execute(f"""
           DELETE FROM events
           WHERE {what} IN (SELECT {what} FROM events GROUP BY {what} HAVING count(*) < {min_count})""")
-  monkeypatch.setattr(amazon, '_k_core', mutant)
+  monkeypatch.setattr(filtering, 'k_core', mutant)
 
 
 def all_repeats_dropped(monkeypatch):
@@ -163,7 +163,7 @@ def all_repeats_dropped(monkeypatch):
     connection.execute("""
         CREATE TABLE histories AS SELECT user, item, min(time) AS time, min(time) AS rank FROM events
         GROUP BY user, item""")
-  monkeypatch.setattr(amazon, '_drop_repeats', mutant)
+  monkeypatch.setattr(filtering, 'drop_repeats', mutant)
 
 
 @pytest.mark.parametrize('mutate', [ties_by_item, repeats_dropped_before_the_k_core, one_round_of_the_k_core,

@@ -1,0 +1,85 @@
+"""From a table of events to histories, in SQL: the k-core, repeats, a count of what each step dropped, and the arrays.
+
+The tables are those of a DuckDB connection: users(id, code) and items(id, code), where a code's order is its id's;
+events(user, item, time, line) with codes; histories(user, item, time, rank).
+"""
+
+import duckdb
+import numpy as np
+
+from calrec_jax.data import time_order
+from calrec_jax.errors import UserError
+
+EVENT_ORDERS = {'dump': 'time, line', 'hashed': 'time, tie, line'}
+REPEATS = {  # what is computed of an event, and which ones stay
+    'consecutive': (', lag(item) OVER history AS previous', 'previous IS DISTINCT FROM item'),
+    'none': ('', 'true'),
+    'first': (', row_number() OVER (PARTITION BY user, item ORDER BY {order}) AS occurrence', 'occurrence = 1')}
+
+
+class Steps:
+  """Counts what each step left and dropped.
+
+  `rows` is what dataset.json holds of it.
+  """
+
+  def __init__(self, connection: duckdb.DuckDBPyConnection):
+    self._connection = connection
+    self.rows: list[dict] = []
+
+  def count(self, step: str, table: str, cure: str) -> None:
+    """Counts the rows of a table after a step. Raises UserError, with the step and a cure, when nothing is left."""
+    events, users, items = self._connection.execute(
+        f'SELECT count(*), count(DISTINCT user), count(DISTINCT item) FROM {table}').fetchone()
+    before = self.rows[-1]['events'] if self.rows else events
+    if not events:
+      raise UserError(f'Nothing is left: step "{step}" dropped the last {before:,} events; {cure}.')
+    self.rows.append({'step': step, 'dropped': before - events, 'events': events, 'users': users, 'items': items})
+
+
+def k_core(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
+  """Drops users and items with fewer than `min_count` events from the table events, until all have as many.
+
+  The largest such set is unique, so the order of the droppings does not matter.
+  """
+  before = None
+  while before != (before := connection.execute('SELECT count(*) FROM events').fetchone()):
+    connection.execute(f"""
+        CREATE OR REPLACE TABLE events AS SELECT * FROM events
+        WHERE user IN (SELECT user FROM events GROUP BY user HAVING count(*) >= {int(min_count)})
+          AND item IN (SELECT item FROM events GROUP BY item HAVING count(*) >= {int(min_count)})""")
+
+
+def drop_repeats(connection: duckdb.DuckDBPyConnection, ties: str, dedup: str = 'consecutive') -> None:
+  """Makes histories(user, item, time, rank): a user's events in order, without repeats.
+
+  Repeats are, by `dedup`: `consecutive`, an event of the same item as the one before; `first`, all but the first event of an
+  item; `none`, nothing.
+  """
+  events = 'events' if ties == 'dump' else f"""(
+      SELECT events.*, {time_order.SQL_TIE_HASH.format(user='users.id', item='items.id')} AS tie
+      FROM events JOIN users ON user = users.code JOIN items ON item = items.code)"""
+  columns, kept = REPEATS[dedup]
+  connection.execute(f"""
+      CREATE TABLE histories AS SELECT user, item, time, rank FROM (
+        SELECT *, row_number() OVER history AS rank{columns.format(order=EVENT_ORDERS[ties])}
+        FROM {events} WINDOW history AS (PARTITION BY user ORDER BY {EVENT_ORDERS[ties]}))
+      WHERE {kept}""")
+
+
+def arrays(connection: duckdb.DuckDBPyConnection) -> dict:
+  """The table histories as ids and arrays (see `histories.Histories`), users and items by id."""
+  columns = connection.execute('SELECT user, item, time FROM histories ORDER BY user, rank').fetchnumpy()
+  users, counts = np.unique(columns['user'], return_counts=True)
+  items, events = np.unique(columns['item'], return_inverse=True)
+  ids = {}
+  for table, codes in (('users', users), ('items', items)):
+    all_ids = [row[0] for row in connection.execute(f'SELECT id FROM {table} ORDER BY code').fetchall()]
+    ids[table] = [all_ids[code] for code in codes]
+  return {
+      'user_ids': ids['users'],
+      'item_ids': ids['items'],
+      'offsets': np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+      'events': events.astype(np.int32),
+      'timestamps': np.asarray(columns['time'], np.int64),
+  }
