@@ -83,8 +83,8 @@ def clean_price(value: object) -> str:
   return text if _PRICE.fullmatch(text) else ''
 
 
-def clean_category(value: object) -> str:
-  """The levels from broad to narrow, joined with ', '; a level already named is not named again.
+def clean_category(value: object, depth: int | None = None) -> str:
+  """The levels from broad to narrow, joined with ', ', the first `depth` of them; a level already named is not named again.
 
   In the dumps a product's list of features sometimes runs on behind its levels. So a level that is nothing but markup,
   or a sentence (it ends in a full stop), ends the list.
@@ -95,7 +95,7 @@ def clean_category(value: object) -> str:
     if not text or text.endswith('.'):
       break
     levels[text] = None
-  return ', '.join(levels)
+  return ', '.join(list(levels)[:depth])
 
 
 def _flat(value: object) -> Iterable[object]:
