@@ -56,6 +56,16 @@ def format_description(description: dict) -> str:
                       f'Fingerprint: {description["fingerprint"]}'])
 
 
+def format_descriptions(descriptions: list[dict]) -> str:
+  """Several data sets for people, a line each."""
+  rows = [f'{"Data set":32} {"users":>12} {"items":>12} {"events":>12} {"no title":>9}  fingerprint']
+  for description in descriptions:
+    stats = description['statistics']
+    counts = ' '.join(f'{stats[what]:>12,}' for what in ('users', 'items', 'events'))
+    rows.append(f'{description["name"]:32} {counts} {stats["unknown"]["title"]:>9.1%}  {description["fingerprint"][:12]}')
+  return '\n'.join(rows)
+
+
 def _format_source(source: dict) -> str:
   told = [source.get('format'), 'times in milliseconds' if source.get('time') == 'milliseconds' else None]
   return ''.join(f', {what}' for what in told if what)
