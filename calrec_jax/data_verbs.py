@@ -85,14 +85,14 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--categories', nargs='+', metavar='NAME', help='of --dumps only these (default: all that have reviews)')
   verb.add_argument('--min_count', type=int, default=5, help='k of the k-core, users and items; 0: none (default %(default)s)')
   verb.add_argument('--core', default='iterative', help='iterative, or once: by the counts before (default %(default)s)')
-  verb.add_argument('--dedup', default='consecutive', help="of a user's events with one item go: consecutive ones, none, or all "
-                    'but the first: consecutive, none, first (default %(default)s)')
+  verb.add_argument('--dedup', default='consecutive', help="of a user's events with one item these go: consecutive ones; none; "
+                    'or, with first, all but the first (default %(default)s)')
   verb.add_argument('--since', metavar='TIME', help='events from then on: a day such as 2015-01-31 (UTC), or seconds')
   verb.add_argument('--until', metavar='TIME', help='events before then')
   verb.add_argument('--verified_only', action='store_true', help='verified purchases only')
   verb.add_argument('--min_rating', type=float, metavar='STARS', help='events with so many stars or more only')
   verb.add_argument('--no_price', action='store_true', help='leave prices out')
-  verb.add_argument('--category_depth', type=positive, metavar='N', help='keep the N broadest levels of categories (default: all)')
+  verb.add_argument('--category_depth', type=positive, metavar='N', help='keep the N broadest levels of a category')
   verb.add_argument('--csv_columns', metavar='NAMES', help='of a CSV without a header, such as user,item,rating,time (default: '
                     'told by the ids)')
   verb.add_argument('--threads', type=positive, metavar='N', help="DuckDB's (default: all cores)")

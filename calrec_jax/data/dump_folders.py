@@ -8,14 +8,15 @@ from calrec_jax import storage
 from calrec_jax.data import amazon
 from calrec_jax.errors import UserError
 
-_FILE = re.compile(r'(?P<kind>meta_|reviews_|ratings_|)(?P<category>[A-Za-z0-9][A-Za-z0-9_-]*?)(_5)?\.(json|jsonl|csv)(\.gz)?')
+_FILE = re.compile(r'(?P<kind>meta_|reviews_|ratings_|)(?P<category>[A-Z0-9][A-Za-z0-9_-]*?)(_5)?\.(json|jsonl|csv)(\.gz)?')
 
 
 def find(folder: str | os.PathLike, categories: Sequence[str] | None = None) -> dict[str, tuple[str, list[str]]]:
   """The dumps in a folder, by their names as published: {category: (reviews, [metadata])}, by name.
 
   Reviews are `Video_Games_5.json.gz`, `Video_Games.jsonl.gz`, `reviews_Video_Games_5.json.gz`, `ratings_Video_Games.csv` and
-  the like, metadata `meta_Video_Games.json.gz`. A category may have none; the folder may hold other files.
+  the like, metadata `meta_Video_Games.json.gz`. A category begins with a capital, and may have none; the folder may hold
+  other files.
 
   Args:
     folder: where they lie.
@@ -42,8 +43,8 @@ def find(folder: str | os.PathLike, categories: Sequence[str] | None = None) -> 
     if len(files) > 1:
       raise UserError(f'{folder}: holds {" and ".join(files)} of one category; move all but one away, or name it by '
                       '--reviews and --meta.')
-  return {category: (storage.join(folder, reviews[category][0]), [storage.join(folder, name) for name in meta.get(category, [])])
-          for category in sorted(reviews)}
+  return {category: (storage.join(folder, *files), [storage.join(folder, name) for name in meta.get(category, [])])
+          for category, files in sorted(reviews.items())}
 
 
 def prepare(folder: str | os.PathLike, out: str | os.PathLike, categories: Sequence[str] | None = None, **options: object

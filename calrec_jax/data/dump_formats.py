@@ -198,7 +198,9 @@ def _of_csv(path: pathlib.Path, sample: Sequence[bytes], places: tuple[str, ...]
   header = {'user_id', 'item_id', 'time'} <= named.keys()
   if header and not places:
     columns = {name: column for column, name in named.items()}
-    return Format('Amazon 2023 ratings', named, tuple(columns.get(cell, '') for cell in first), header=True)
+    new = {'user_id', 'parent_asin', 'rating', 'timestamp'} <= set(first)
+    return Format('Amazon 2023 ratings' if new else 'ratings', named, tuple(columns.get(cell, '') for cell in first),
+                  header=True)
   year = ''
   if not places:
     if len(first) != 4:
