@@ -136,7 +136,9 @@ def _told(work: pathlib.Path) -> Iterator[None]:
   except duckdb.OutOfMemoryException as error:
     raise UserError(f'DuckDB is out of memory ({_first_line(error)}); give a larger --memory_limit, or fewer --threads.'
                     ) from error
-  except duckdb.IOException as error:
+  except duckdb.Error as error:
+    if not (isinstance(error, duckdb.IOException) or 'Could not write' in str(error)):
+      raise
     raise UserError(f'{work.parent}: DuckDB cannot work there ({_first_line(error)}); make room, or choose another --tmp_dir.'
                     ) from error
 

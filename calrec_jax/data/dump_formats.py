@@ -97,13 +97,18 @@ def of_reviews(path: pathlib.Path, places: Sequence[str] = ()) -> Format:
     places: the columns of a CSV, where the user says so; see `csv_places`.
 
   Raises:
-    UserError: a CSV whose columns cannot be told, or a file that cannot be read.
+    UserError: JSON of other fields, a CSV whose columns cannot be told, or a file that cannot be read.
   """
   sample = _sample(path)
   if sample and not sample[0].lstrip().startswith((b'{', b'[')) and sample[0].count(b',') >= 2:
     return _of_csv(path, sample, tuple(places))
   rows = _sample_rows(sample)
-  best = max(_REVIEWS, key=lambda form: sum(all(form.fields[column] in row for column in REVIEW_COLUMNS[:3]) for row in rows))
+  fitting = [sum(all(form.fields[column] in row for column in REVIEW_COLUMNS[:3]) for row in rows) for form in _REVIEWS]
+  best = _REVIEWS[fitting.index(max(fitting))]
+  if rows and not any(fitting):
+    fields = ', '.join(f'"{field}"' for field in list(rows[0])[:8])
+    raise UserError(f'{path}: its lines are no reviews that are known: they have {fields[:200]}, where those of Amazon 2014 '
+                    'and 2018 have "reviewerID", "asin" and "unixReviewTime", of 2023 "user_id", "parent_asin" and "timestamp".')
   if best.name == USUAL and any('helpful' in row for row in rows) and not any('verified' in row for row in rows):
     best = dataclasses.replace(best, name='Amazon 2014')
   return dataclasses.replace(best, loose=_is_loose(sample))
@@ -175,13 +180,14 @@ def _sample(path: pathlib.Path) -> list[bytes]:
 
 
 def _sample_rows(sample: Sequence[bytes]) -> list[dict]:
+  """The objects of the first hundred lines, empty ones left out."""
   found = []
   for line in sample[:100]:
     try:
       row = read_object(line)
     except (ValueError, RecursionError):
       continue
-    if isinstance(row, dict):
+    if isinstance(row, dict) and row:
       found.append(row)
   return found
 
@@ -193,7 +199,9 @@ def _is_loose(sample: Sequence[bytes]) -> bool:
 def _of_csv(path: pathlib.Path, sample: Sequence[bytes], places: tuple[str, ...]) -> Format:
   """The format of a CSV: its header says it, or the user, or the shape of the ids."""
   found = [cells for line in sample if (cells := _cells(line))]
-  first = found[0] if found else []
+  if not found:
+    raise UserError(f'{path}: is neither JSON lines nor a CSV; give a dump of reviews, or of ratings.')
+  first = found[0]
   named = {column: name for column, names in _HEADERS.items() for name in names[::-1] if name in first}
   header = {'user_id', 'item_id', 'time'} <= named.keys()
   if header and not places:

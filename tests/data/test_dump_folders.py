@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import refusals
@@ -74,7 +77,35 @@ def test_a_stopped_call_goes_on_and_makes_what_single_calls_make(store, tmp_path
     list(dump_folders.prepare(store, tmp_path / 'data', min_count=5, progress=False))
 
 
-def test_the_command_line(store, tmp_path, capsys):
+def test_killed_at_any_moment_and_started_again(store, tmp_path):
+  command = [sys.executable, '-m', 'calrec_jax.cli', 'prepare', 'dumps', '--dumps', str(store), '--out']
+  assert cli.main([*command[3:], str(tmp_path / 'whole')]) == 0
+  for seconds in (0.6, 0.9, 1.2):
+    with subprocess.Popen([*command, str(tmp_path / 'killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                          ) as process:
+      time.sleep(seconds)
+      process.kill()
+    for folder in (tmp_path / 'killed').glob('[a-z]*'):
+      histories.load(folder)  # whole
+  assert cli.main([*command[3:], str(tmp_path / 'killed')]) == 0
+  whole = {path.relative_to(tmp_path / 'whole'): path.read_bytes() for path in (tmp_path / 'whole').rglob('*.*z')}
+  assert len(whole) == 6 and all((tmp_path / 'killed' / name).read_bytes() == content for name, content in whole.items())
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(store, tmp_path):
+  category = next(iter(dump_folders.find(store)))
+  command = ['prepare', 'dumps', '--dumps', str(store), '--out', str(tmp_path / 'data')]
+  assert cli.main([*command, '--categories', category]) == 0
+  before = {path: path.read_bytes() for path in (tmp_path / 'data').rglob('*.*')}
+  limited = ('import resource, sys\nfrom calrec_jax import cli\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\n'
+             'sys.exit(cli.main(sys.argv[1:]))')
+  done = subprocess.run([sys.executable, '-c', limited, *command], capture_output=True, text=True, check=False)
+  assert done.returncode == 2 and '--tmp_dir' in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr, done.stderr
+  assert before == {path: path.read_bytes() for path in (tmp_path / 'data').rglob('*.*')}
+
+
+def test_the_command_line(store, tmp_path, capsys, caplog):
+  caplog.set_level('INFO')
   first, *others = dump_folders.find(store)
   command = ['prepare', 'dumps', '--dumps', str(store), '--out', str(tmp_path / 'data')]
   assert cli.main([*command, '--categories', first]) == 0
@@ -82,9 +113,8 @@ def test_the_command_line(store, tmp_path, capsys):
   assert first.lower() in out and f'{histories.load(tmp_path / "data" / first.lower()).fingerprint[:12]}' in out
   assert not any(other.lower() in out for other in others)
   assert cli.main([*command, '--json']) == 0
-  captured = capsys.readouterr()
-  assert [found['name'] for found in json.loads(captured.out)] == sorted(name.lower() for name in (first, *others))
-  assert captured.err.count('nothing is done') == 1
+  assert [found['name'] for found in json.loads(capsys.readouterr().out)] == sorted(name.lower() for name in (first, *others))
+  assert caplog.text.count('nothing is done') == 1
   shutil.rmtree(tmp_path / 'data' / first.lower())
   for more in (['--name', 'x'], ['--reviews', 'x'], ['--meta', 'x']):
     assert cli.main([*command, *more]) == 2

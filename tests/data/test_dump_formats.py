@@ -240,6 +240,11 @@ def test_a_user_of_many_events(tmp_path):
   assert prepare(tmp_path, put(tmp_path / 'x.csv.gz', RATINGS + lines))['statistics']['length']['max'] == 100_000
 
 
+def test_what_is_no_dump_of_reviews(tmp_path):
+  told(tmp_path, put(tmp_path / 'meta.json', META), 'meta.json', 'no reviews that are known', '"asin", "title"', 'reviewerID')
+  told(tmp_path, put(tmp_path / 'x.bin', [b'\xff,\xfe,\xff,']), 'x.bin', 'neither JSON lines nor a CSV')
+
+
 # Room, and the same again.
 
 def test_the_same_bytes_whatever_the_threads_and_the_memory(tmp_path):
