@@ -108,7 +108,7 @@ def of_reviews(path: pathlib.Path, places: Sequence[str] = ()) -> Format:
   if rows and not any(fitting):
     fields = ', '.join(f'"{field}"' for field in list(rows[0])[:8])
     raise UserError(f'{path}: its lines are no reviews that are known: they have {fields[:200]}, where those of Amazon 2014 '
-                    'and 2018 have "reviewerID", "asin" and "unixReviewTime", of 2023 "user_id", "parent_asin" and "timestamp".')
+                    'and 2018 have "reviewerID", "asin", "unixReviewTime", of 2023 "user_id", "parent_asin", "timestamp".')
   if best.name == USUAL and any('helpful' in row for row in rows) and not any('verified' in row for row in rows):
     best = dataclasses.replace(best, name='Amazon 2014')
   return dataclasses.replace(best, loose=_is_loose(sample))

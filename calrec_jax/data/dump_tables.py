@@ -19,6 +19,8 @@ from calrec_jax.data.dump_rules import MILLISECONDS, Rules
 from calrec_jax.errors import UserError
 
 _MICROSECONDS = 10**14  # from here on a time is not even in milliseconds
+# DuckDB holds two such lines a thread, and more; a file with a longer one, of which none is known, is read in Python.
+_USUAL_LINE_BYTES = 1 << 23
 # Where times have milliseconds, those below a second stand above the line's number, so that (time, line) orders by both.
 FRACTION_BITS = 40
 _JSON = {
@@ -135,7 +137,7 @@ class Dumps:
     selected = [f'{_JSON[column].format(column)} AS {column}' if column in ('rating', 'verified') else column
                 for column in columns]
     self.connection.execute(f'CREATE OR REPLACE TABLE dump AS SELECT {", ".join(selected)} FROM '
-                            f'{_read_json(path, types, "none")}')
+                            f'{_read_json(path, types, "none", json_lines.MAX_LINE_BYTES)}')
 
   def _count_good(self, columns: Sequence[str]) -> int:
     """How many lines the table `dump` has, if all have ids and a time that DuckDB reads as Python does; else -1."""
@@ -186,10 +188,10 @@ def _table(path: pathlib.Path, form: dump_formats.Format, columns: Sequence[str]
           f"header={str(form.header).lower()}, compression='{compression}')")
 
 
-def _read_json(path: pathlib.Path, types: Mapping[str, str], compression: str) -> str:
+def _read_json(path: pathlib.Path, types: Mapping[str, str], compression: str, longest: int = _USUAL_LINE_BYTES) -> str:
   columns = ', '.join(f"'{name}': '{kind}'" for name, kind in types.items())
   return (f"read_json('{_quoted(path)}', format='newline_delimited', columns={{{columns}}}, compression='{compression}', "
-          f'maximum_object_size={json_lines.MAX_LINE_BYTES})')
+          f'maximum_object_size={longest})')
 
 
 def _quoted(path: pathlib.Path) -> str:

@@ -219,6 +219,12 @@ def test_a_line_without_end_is_refused_in_little_memory(tmp_path, monkeypatch, a
   assert peak < 8 << 20
 
 
+def test_a_line_longer_than_usual_is_read(tmp_path):
+  rows = [row | {'reviewText': 'x' * (9 << 20) * (row is OLD[7])} for row in OLD]
+  description = prepare(tmp_path, put(tmp_path / 'x.json.gz', rows))
+  assert description['bad_lines'] == 0 and description['statistics']['events'] == len(OLD)
+
+
 def test_metadata_for_no_item_and_items_without_metadata(tmp_path):
   path = put(tmp_path / 'x.json', OLD)
   others = put(tmp_path / 'meta_other.json', [{'asin': 'B00XXXXXXX', 'title': 'T'}])
