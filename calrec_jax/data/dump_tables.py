@@ -6,6 +6,7 @@ DuckDB reads strictly; a file in which it finds anything unusual is gone through
 
 import functools
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from calrec_jax.data.dump_rules import MILLISECONDS, Rules
 from calrec_jax.errors import UserError
 
 _MICROSECONDS = 10**14  # from here on a time is not even in milliseconds
-# DuckDB holds two such lines a thread, and more; a file with a longer one, of which none is known, is read in Python.
+# DuckDB has room for several such lines a thread, which counts as memory; a file with a longer line is read in Python.
 _USUAL_LINE_BYTES = 1 << 23
 # Where times have milliseconds, those below a second stand above the line's number, so that (time, line) orders by both.
 FRACTION_BITS = 40
@@ -27,7 +28,7 @@ _JSON = {
     'id': r"""CASE WHEN json_type({0}) = 'VARCHAR' AND NOT regexp_matches({0}, '^""$|\\u0000') THEN {0}->>'$' END""",
     'time': "CASE WHEN json_type({0}) IN ('UBIGINT', 'BIGINT') THEN TRY_CAST({0} AS BIGINT) END",
     'rating': "CASE WHEN json_type({0}) IN ('UBIGINT', 'BIGINT', 'DOUBLE') THEN TRY_CAST({0}->>'$' AS DOUBLE) END",
-    'verified': "json_type({0}) = 'BOOLEAN' AND {0}->>'$' = 'true'",
+    'verified': "json_type({0}) = 'BOOLEAN' AND ({0}->>'$') = 'true'",
 }
 _CSV = {
     'id': """CASE WHEN {0} <> '' AND NOT contains({0}, '"') AND NOT contains({0}, chr(0)) THEN {0} END""",
@@ -117,6 +118,8 @@ class Dumps:
         for row in dump_formats.rows(source.path, form, columns, bad, progress=not self.bar.disable):
           file.write(dump_formats.write_row(row))
       self.n_bad += bad.count
+      if bad.count:
+        logging.info('%s: %d bad lines are passed over; the first: %s.', path, bad.count, '; '.join(bad.first))
       self._load_repaired(repaired, columns)
       repaired.unlink()
     self.bar.update()

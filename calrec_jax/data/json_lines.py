@@ -43,17 +43,21 @@ class Source:
 class BadLines:
   """Counts the bad lines of one file, and raises UserError when there is one more than tolerated.
 
-  `tolerated` is None where the user has no such choice: the first bad line is an error.
+  `tolerated` is None where the user has no such choice: the first bad line is an error. `first` says what is wrong with the
+  first three.
   """
 
   def __init__(self, path: str | os.PathLike, tolerated: int | None):
     self.path = pathlib.Path(path)
     self.tolerated = tolerated
     self.count = 0
+    self.first: list[str] = []
 
   def add(self, number: int, what: str) -> None:
     """Counts line `number` (from 1), which is bad because of `what`."""
     self.count += 1
+    if len(self.first) < 3:
+      self.first.append(f'line {number}: {what}')
     if self.count > (self.tolerated or 0):
       more = f' ({self.count} bad lines up to here, {self.tolerated} tolerated)' if self.tolerated else ''
       cure = 'repair it' if self.tolerated is None else 'repair it, or tolerate it with --max_bad_lines'

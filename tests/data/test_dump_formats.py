@@ -131,6 +131,13 @@ def test_quotes_of_a_csv_are_not_part_of_its_ids(tmp_path):
   assert prepare(tmp_path, quoted, out='y')['fingerprint'] == histories.load(tmp_path / 'out').fingerprint
 
 
+def test_the_first_bad_lines_that_are_tolerated_are_named(tmp_path, caplog):
+  with caplog.at_level(logging.INFO):
+    prepare(tmp_path, put(tmp_path / 'x.json', ['{', *OLD[:5], {'asin': 'B'}, *OLD[5:], '[]', 'x']), max_bad_lines=4)
+  assert 'x.json: 4 bad lines are passed over; the first: line 1: not JSON' in caplog.text
+  assert 'line 7: "reviewerID" is missing; line 39: a JSON list' in caplog.text and 'line 40' not in caplog.text
+
+
 # Time.
 
 @pytest.mark.parametrize(('times', 'words'), [
