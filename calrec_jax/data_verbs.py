@@ -42,11 +42,19 @@ def _synthesize(options: argparse.Namespace) -> Outcome:
 
 
 def _prepare_dumps(options: argparse.Namespace) -> Outcome:
-  from calrec_jax.data import amazon, describe
-  description = amazon.prepare_dumps(
-      options.reviews, options.meta, name=options.name, out=options.out, min_count=options.min_count,
-      min_length=options.min_length, max_bad_lines=options.max_bad_lines, ties=options.ties, split=options.split)
-  return description, describe.format_description(description)
+  from calrec_jax.data import amazon, describe, dump_folders
+  settings = {name: getattr(options, name) for name in (
+      'min_count', 'core', 'min_length', 'max_bad_lines', 'ties', 'split', 'dedup', 'since', 'until', 'verified_only',
+      'min_rating', 'no_price', 'category_depth', 'csv_columns', 'threads', 'memory_limit', 'tmp_dir')}
+  if options.dumps is None:
+    if not options.reviews or not options.name or options.categories:
+      raise UserError('give --reviews and --name for one data set, or --dumps (and --categories) for a folder of them.')
+    description = amazon.prepare_dumps(options.reviews, options.meta, name=options.name, out=options.out, **settings)
+    return description, describe.format_description(description)
+  if options.reviews or options.meta or options.name:
+    raise UserError(f'--dumps {options.dumps}: finds reviews, metadata and names; leave out --reviews, --meta and --name.')
+  descriptions = list(dump_folders.prepare(options.dumps, options.out, options.categories, **settings))
+  return descriptions, describe.format_descriptions(descriptions)
 
 
 def _prepare_histories(options: argparse.Namespace) -> Outcome:
@@ -125,13 +133,29 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
 
   prepare = verbs.add_parser('prepare', help='turn dumps, or a log of your own, into a histories folder', allow_abbrev=False)
   kinds = prepare.add_subparsers(dest='kind', required=True, metavar='KIND')
-  verb = make(kinds, 'dumps', _prepare_dumps, 'raw review and metadata dumps (Amazon 2018)',
+  verb = make(kinds, 'dumps', _prepare_dumps, 'raw review and metadata dumps (Amazon 2014, 2018, 2023)',
                'calrec prepare dumps --reviews Gift_Cards_5.json.gz --meta meta_Gift_Cards.json.gz \\\n'
-               '      --name gift_cards --out data/gift_cards')
-  verb.add_argument('--reviews', nargs='+', required=True, metavar='FILE', help='review dumps, gzipped JSON lines')
+               '      --name gift_cards --out data/gift_cards\n'
+               '  calrec prepare dumps --dumps downloads --categories Gift_Cards Video_Games --out data')
+  verb.add_argument('--reviews', nargs='+', metavar='FILE', help='reviews, or ratings only; the content tells the format')
   verb.add_argument('--meta', nargs='+', default=[], metavar='FILE', help='metadata dumps')
-  verb.add_argument('--min_count', type=int, default=5, help='k of the k-core, users and items (default %(default)s)')
-  _prepared(verb)
+  verb.add_argument('--dumps', metavar='DIR', help='instead: a folder of both; each category becomes OUT/<name in lower case>, '
+                    'unless it has been made of the same files by the same rules')
+  verb.add_argument('--categories', nargs='+', metavar='NAME', help='of --dumps only these (default: all that have reviews)')
+  verb.add_argument('--min_count', type=int, default=5, help='k of the k-core, users and items; 0: none (default %(default)s)')
+  verb.add_argument('--core', default='iterative', help='iterative, or once: by the counts before (default %(default)s)')
+  verb.add_argument('--dedup', default='consecutive', help="of a user's events with one item these go: consecutive ones; none; "
+                    'or, with first, all but the first (default %(default)s)')
+  verb.add_argument('--since', metavar='TIME', help='events from then on: a day such as 2015-01-31 (UTC), or seconds')
+  verb.add_argument('--until', metavar='TIME', help='events before then')
+  verb.add_argument('--verified_only', action='store_true', help='verified purchases only')
+  verb.add_argument('--min_rating', type=float, metavar='STARS', help='events with so many stars or more only')
+  verb.add_argument('--no_price', action='store_true', help='leave prices out')
+  verb.add_argument('--category_depth', type=positive, metavar='N', help='keep the N broadest levels of a category')
+  verb.add_argument('--csv_columns', metavar='NAMES', help='of a CSV without a header, such as user,item,rating,time (default: '
+                    'told by the ids)')
+  _of_duckdb(verb, positive)
+  _prepared(verb, several=True)
   verb = make(kinds, 'histories', _prepare_histories, 'your own log: ready sequences, or a table of events; MovieLens, RecBole',
                'calrec prepare histories --sequences sequences.jsonl.gz --items items.jsonl.gz \\\n'
                '      --name shop --out data/shop\n'
@@ -184,14 +208,19 @@ def _of_events(group: Any, positive: Callable[[str], int]) -> None:
   group.add_argument('--unknown_items', help='items with events and without texts: refuse, keep, or drop their events '
                      '(default refuse)')
   group.add_argument('--all_items', action='store_true', default=None, help='keep items without events too')
-  group.add_argument('--memory_limit', metavar='SIZE', help="of DuckDB, such as 4GB (default: DuckDB's, 80 %% of the memory)")
-  group.add_argument('--threads', type=positive, help='of DuckDB (default: all cores); the result is the same')
-  group.add_argument('--tmp_dir', metavar='DIR', help='where DuckDB puts what does not fit memory (default: beside the output)')
+  _of_duckdb(group, positive)
 
 
-def _prepared(verb: argparse.ArgumentParser) -> None:
-  verb.add_argument('--name', required=True, help='of the data set, and of its SeqIO Task')
-  verb.add_argument('--out', required=True, help='histories folder to write; let it be DATA_DIR/NAME')
+def _of_duckdb(verb: Any, positive: Callable[[str], int]) -> None:
+  verb.add_argument('--threads', type=positive, metavar='N', help="DuckDB's (default: all cores); the result is the same")
+  verb.add_argument('--memory_limit', metavar='SIZE', help="DuckDB's, such as 2GB (default: 80 %% of the memory)")
+  verb.add_argument('--tmp_dir', metavar='DIR', help='where DuckDB works on disk (default: beside OUT)')
+
+
+def _prepared(verb: argparse.ArgumentParser, *, several: bool = False) -> None:
+  verb.add_argument('--name', required=not several, help='of the data set, and of its SeqIO Task')
+  verb.add_argument('--out', required=True, help='histories folder to write; let it be DATA_DIR/NAME'
+                    + (' (with --dumps: DATA_DIR)' if several else ''))
   verb.add_argument('--min_length', type=int, default=3, help='shorter histories are dropped (default %(default)s)')
   verb.add_argument('--max_bad_lines', type=int, default=0, help='broken lines that are passed over (default %(default)s)')
   verb.add_argument('--ties', default='dump', help='order of events of one time: dump, or hashed (default %(default)s)')

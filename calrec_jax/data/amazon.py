@@ -1,225 +1,139 @@
-"""Dumps of the Amazon Review Data 2018 become a histories folder.
+"""Dumps of the Amazon Review Data of 2014, 2018 and 2023 become a histories folder.
 
 The steps, in this order (method: Data):
-  1. The events as published: one a line of the review files; a review published twice is two events.
-  2. Iterative k-core: users and items with fewer than `min_count` events go, until none is left to go.
-  3. A user's events are ordered by (time, line), or (time, hash, line); several files count as one, in the order given.
-  4. Of consecutive events of one user with one item the first stays.
-  5. Histories shorter than `min_length` go.
-  6. Items: those that a history holds, by id. Of an item's lines in the metadata the first with a usable title counts
+  1. The events as published: one a line of the review files; a review published twice is two events. Each file's format and
+     unit of time are told by its content (`dump_formats`).
+  2. Where asked for (`dump_rules`): only events of a span of time, of verified purchases, of a least number of stars.
+  3. Iterative k-core: users and items with fewer than `min_count` events go, until none is left to go, or `once`.
+  4. A user's events are ordered by (time, line), or (time, hash, line); several files count as one, in the order given.
+     Times in milliseconds order events as such, and are kept as whole seconds, rounded down.
+  5. Of consecutive events of one user with one item the first stays; or of all of them, or none goes (`dedup`).
+  6. Histories shorter than `min_length` go.
+  7. Items: those that a history holds, by id. Of an item's lines in the metadata the first with a usable title counts
      (usable: `cleaning.clean_text` leaves something of it), else its first line. No line: all attributes unknown.
 
-DuckDB reads and joins, on disk where memory is short. It reads strictly; a file in which it finds anything unusual is
-gone through in Python line by line, which names the bad lines or, where they are tolerated, leaves them out.
+DuckDB reads and joins (`dump_tables`), on disk where memory is short. What it makes does not depend on threads or memory.
 """
 
-import json
+import logging
 import os
-import pathlib
-import re
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import duckdb
 import tqdm
 
 from calrec_jax import outputs, storage
-from calrec_jax.data import cleaning, filtering, histories, json_lines, time_order
+from calrec_jax.data import database, dump_tables, filtering, histories, json_lines, time_order
+from calrec_jax.data.dump_rules import Rules
 from calrec_jax.errors import UserError
 
-_REVIEW_FIELDS = ('reviewerID', 'asin', 'unixReviewTime')
-_META_FIELDS = ('asin', 'title', 'category', 'brand', 'price')
-_IDS = ('reviewerID', 'asin')
-_CLEANERS = {'title': cleaning.clean_text, 'category': cleaning.clean_category, 'brand': cleaning.clean_brand,
-             'price': cleaning.clean_price}
+_FILES = {'dataset.json', 'items.jsonl.gz', 'sequences.jsonl.gz'}
 
 
 def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.PathLike] = (), *, name: str,
-                  out: str | os.PathLike, min_count: int = 5, min_length: int = 3, max_bad_lines: int = 0,
-                  ties: str = 'dump', split: str = 'leave_one_out', progress: bool = True) -> dict:
+                  out: str | os.PathLike, threads: int | None = None, memory_limit: str | None = None,
+                  tmp_dir: str | os.PathLike | None = None, progress: bool = True, **rules: object) -> dict:
   """Makes the histories folder `out` from review files and, if there are any, metadata files.
 
+  Where `out` is what these files and rules make, that is logged, and nothing is done.
+
   Args:
-    reviews: JSON lines (gzipped or not) with "reviewerID", "asin" and "unixReviewTime" (seconds).
-    meta: JSON lines with "asin" and some of "title", "category" (a list, from broad to narrow), "brand", "price".
+    reviews: reviews, or ratings only, in any of the formats of `dump_formats`, gzipped or not.
+    meta: metadata likewise.
     name: of the data set.
     out: the new folder; it appears whole or not at all.
-    min_count: the k of the k-core, in events.
-    min_length: shorter histories are dropped and counted.
-    max_bad_lines: lines of each file that may be broken: no JSON object, or one without the fields it must have.
-    ties: the order of a user's events of one time: `dump`, that of the lines, as the literature has it; or `hashed`.
-    split: `leave_one_out`, or `time`: see `time_order.cutoffs`.
+    threads: of DuckDB; None: one for each core. The data set does not depend on it, nor on the next two.
+    memory_limit: of DuckDB, such as '2GB'; None: 80 % of the memory. What does not fit is kept on disk.
+    tmp_dir: where DuckDB works; None: beside `out`.
     progress: whether to show progress on stderr.
+    **rules: `dump_rules.Rules`.
 
   Returns:
     The description, as in dataset.json; `describe.format_description` prints it.
 
   Raises:
-    UserError: bad input, nothing left, or `out` in use.
+    UserError: bad input, nothing left, no room, or `out` in use.
   """
   histories.check_name(name)
-  time_order.check_options(ties, split)
+  chosen = Rules(**rules)
   if not reviews:
     raise UserError('No review file is given; name at least one.')
-  with outputs.new_folder(out) as scratch, tempfile.TemporaryDirectory(dir=scratch) as work:
+  if known := _already_made(out, name, [*reviews, *meta], chosen, progress=progress):
+    logging.info('%s: already made of these files by these rules; nothing is done.', out)
+    return known
+  with outputs.new_folder(out) as scratch:
     bar = tqdm.tqdm(total=len(reviews) + len(meta) + 3, desc=f'preparing {name}', leave=False, delay=1,
                     disable=not progress)
-    with bar, duckdb.connect(os.path.join(work, 'events.duckdb')) as connection:
-      connection.execute('SET preserve_insertion_order = true')
-      dumps = _Dumps(connection, pathlib.Path(work), max_bad_lines, bar)
+    with bar, database.connect(tmp_dir or scratch, threads=threads, memory_limit=memory_limit) as (connection, work):
+      dumps = dump_tables.Dumps(connection, work, chosen, bar)
       dumps.read_reviews(reviews)
-      steps = _filter(connection, bar, min_count=min_count, min_length=min_length, ties=ties, n_bad=dumps.n_bad)
+      steps = _filter(connection, bar, chosen, n_bad=dumps.n_bad)
+      similar = filtering.similar_ids(connection)
       arrays = filtering.arrays(connection)
       bar.update()
       items, metadata = dumps.read_items(meta, arrays['item_ids'])
       data = histories.Histories(name, arrays['user_ids'], arrays['item_ids'], items, arrays['offsets'],
                                  arrays['events'], arrays['timestamps'],
-                                 time_order.cutoffs(arrays['timestamps'], name) if split == 'time' else None)
+                                 time_order.cutoffs(arrays['timestamps'], name) if chosen.split == 'time' else None)
     return histories.write(scratch, data, {
-        'sources': [source.description() for source in dumps.sources],
-        'options': {'min_count': min_count, 'min_length': min_length, 'max_bad_lines': max_bad_lines, 'ties': ties,
-                    'split': split, 'repeats': 'consecutive ones dropped'},
+        'sources': dumps.sources,
+        'options': chosen.options(),
         'steps': steps,
         'bad_lines': dumps.n_bad,
+        **({'similar_ids': similar} if any(similar.values()) else {}),
         **({'metadata': metadata} if meta else {}),
     })
 
 
-class _Dumps:
-  """Reads dumps into DuckDB's tables; keeps their digests and the number of bad lines."""
-
-  def __init__(self, connection: duckdb.DuckDBPyConnection, work: pathlib.Path, max_bad_lines: int, bar: tqdm.tqdm):
-    self.connection, self.work, self.max_bad_lines, self.bar = connection, work, max_bad_lines, bar
-    self.sources: list[json_lines.Source] = []
-    self.n_bad = 0
-
-  def read_reviews(self, paths: Sequence[str | os.PathLike]) -> None:
-    """Fills the table events(user, item, time, line) with codes for ids; a code's order is its id's."""
-    self.connection.execute('CREATE TABLE lines (user_id VARCHAR, item_id VARCHAR, time BIGINT, line BIGINT)')
-    for path in paths:
-      self._read(path, _REVIEW_FIELDS, """
-          INSERT INTO lines SELECT reviewerID->>'$', asin->>'$', CAST(unixReviewTime AS BIGINT),
-            (SELECT count(*) FROM lines) + row_number() OVER () FROM dump""")
-    self.connection.execute("""
-        CREATE TABLE users AS SELECT user_id AS id, row_number() OVER (ORDER BY user_id) - 1 AS code
-          FROM (SELECT DISTINCT user_id FROM lines);
-        CREATE TABLE items AS SELECT item_id AS id, row_number() OVER (ORDER BY item_id) - 1 AS code
-          FROM (SELECT DISTINCT item_id FROM lines);
-        CREATE TABLE events AS SELECT users.code AS user, items.code AS item, time, line
-          FROM lines JOIN users ON user_id = users.id JOIN items ON item_id = items.id;
-        DROP TABLE lines""")
-
-  def read_items(self, paths: Sequence[str | os.PathLike], item_ids: list[str]) -> tuple[list[dict[str, str]], dict]:
-    """The cleaned attributes of `item_ids`, and counts of what the metadata held."""
-    self.connection.execute(f"""
-        CREATE TABLE meta ({', '.join(f'{field} JSON' for field in _META_FIELDS)}, line BIGINT);
-        CREATE TABLE wanted AS SELECT id FROM items WHERE code IN (SELECT item FROM histories)""")
-    counts = {'lines': 0, 'repeated_lines': 0, 'items_without': 0}
-    for path in paths:
-      self._read(path, _META_FIELDS, f"""
-          INSERT INTO meta SELECT {', '.join(_META_FIELDS)}, (SELECT coalesce(max(line), 0) FROM meta) + number
-          FROM (SELECT *, row_number() OVER () AS number FROM dump) WHERE asin->>'$' IN (SELECT id FROM wanted)""")
-      counts['lines'] += self.sources[-1].lines
-    items: dict[str, dict[str, str]] = {}
-    rows = self.connection.execute(f'SELECT {", ".join(_META_FIELDS)} FROM meta ORDER BY line')
-    while row := rows.fetchone():
-      asin, *values = [None if value is None else json.loads(value) for value in row]
-      counts['repeated_lines'] += asin in items
-      if asin not in items or not items[asin]['title']:
-        item = {field: clean(value) for (field, clean), value in zip(_CLEANERS.items(), values, strict=True)}
-        if asin not in items or item['title']:
-          items[asin] = item
-    counts['items_without'] = len(item_ids) - len(items)
-    return [items.get(item_id) or dict.fromkeys(histories.FIELDS, '') for item_id in item_ids], counts
-
-  def _read(self, path: str | os.PathLike, fields: tuple[str, ...], statement: str) -> None:
-    """Runs `statement` on the table `dump` of a file: its good lines, in order, each field of type JSON."""
-    path = storage.local(path)
-    source = json_lines.inspect(path, progress=not self.bar.disable)
-    self.sources.append(source)
-    if not self._load(source.path, fields, gzipped=source.gzipped) or self._count_good(fields) != source.lines:
-      repaired = self.work / f'repaired-{len(self.sources)}.jsonl'
-      self.n_bad += _repair(source.path, fields, repaired, self.max_bad_lines)
-      self._load(repaired, fields, gzipped=False, must=True)
-    self.connection.execute(statement + '; DROP TABLE dump')
-    self.bar.update()
-
-  def _load(self, path: pathlib.Path, fields: tuple[str, ...], *, gzipped: bool, must: bool = False) -> bool:
-    """Fills the table `dump`; returns False where DuckDB found a line that it does not take."""
-    columns = ', '.join(f"'{field}': 'JSON'" for field in fields)
-    name = str(path).replace("'", "''")
-    try:
-      self.connection.execute(f"""
-          CREATE OR REPLACE TABLE dump AS SELECT * FROM read_json('{name}', format='newline_delimited',
-            columns={{{columns}}}, compression='{'gzip' if gzipped else 'none'}', maximum_object_size=67108864)""")
-    except duckdb.InvalidInputException:
-      if must:
-        raise
-      return False
-    return True
-
-  def _count_good(self, fields: tuple[str, ...]) -> int:
-    """How many lines of the table `dump` have ids and a time that DuckDB reads as Python does; -1 if some have not."""
-    good = []
-    for field in fields:
-      if field in _IDS:
-        good.append(rf'''json_type({field}) = 'VARCHAR' AND NOT regexp_matches({field}, '^""$|\\u0000')''')
-      elif field == 'unixReviewTime':
-        good.append("json_type(unixReviewTime) IN ('UBIGINT', 'BIGINT')")
-        good.append('TRY_CAST(unixReviewTime AS BIGINT) IS NOT NULL')
-    n_lines, n_good = self.connection.execute(
-        f'SELECT count(*), count(*) FILTER (coalesce({" AND ".join(good)}, false)) FROM dump').fetchone()
-    return n_good if n_good == n_lines else -1
+def _already_made(out: str | os.PathLike, name: str, paths: Sequence[str | os.PathLike], rules: Rules, *, progress: bool
+                  ) -> dict | None:
+  """The description of the data set in `out`, if these files and rules made it; None if not, or if there is none."""
+  if not _FILES <= set(storage.names(out)):
+    return None
+  found = outputs.read_object(storage.local(out, files=['dataset.json']) / 'dataset.json')
+  made = [source.get('sha256') for source in found.get('sources', [])]
+  if (found.get('format'), found.get('name'), found.get('options')) != (histories.FORMAT, name, rules.options()):
+    return None
+  same = len(made) == len(paths) and all(digest == json_lines.digest(storage.local(path), progress=progress)
+                                         for digest, path in zip(made, paths, strict=True))
+  return found if same else None
 
 
-def _repair(path: pathlib.Path, fields: tuple[str, ...], repaired: pathlib.Path, max_bad_lines: int) -> int:
-  """Writes the good lines of a dump, cut down to `fields`; returns the number of bad ones.
-
-  Raises UserError, which names a line, when there are more than `max_bad_lines`.
-  """
-  bad = json_lines.BadLines(path, max_bad_lines)
-  with repaired.open('wb') as file:
-    for number, row in json_lines.objects(path, bad):
-      fault = _fault(row, fields)
-      if fault:
-        bad.add(number, fault)
-      else:
-        row = {field: row.get(field) for field in fields}
-        file.write(json.dumps(row, ensure_ascii=False).encode(errors='replace') + b'\n')
-  return bad.count
-
-
-def _fault(row: dict, fields: tuple[str, ...]) -> str:
-  """What makes a line of a dump bad; '' if it is good."""
-  for field in fields:
-    value = row.get(field)
-    if field in _IDS and not (isinstance(value, str) and _is_id(value)):
-      return f'"{field}" is missing' if value is None else f'"{field}" is {value!r}, where an id is expected'
-    if field == 'unixReviewTime' and not (type(value) is int and abs(value) < 2**63):
-      return f'"{field}" is missing' if value is None else f'"{field}" is {value!r}, where whole seconds are expected'
-  return ''
-
-
-def _is_id(value: str) -> bool:
-  return bool(value) and not re.search('[\0\ud800-\udfff]', value)
-
-
-def _filter(connection: duckdb.DuckDBPyConnection, bar: tqdm.tqdm, *, min_count: int, min_length: int, ties: str,
-            n_bad: int) -> list[dict]:
+def _filter(connection: duckdb.DuckDBPyConnection, bar: tqdm.tqdm, rules: Rules, *, n_bad: int) -> list[dict]:
   """Filters the table events down to the histories, in the table histories(user, item, time, rank).
 
   Returns what each step left and dropped. Raises UserError, naming the step, when nothing is left.
   """
   steps = filtering.Steps(connection)
   steps.count('read', 'events', f'the review files hold no event ({n_bad} bad lines)')
-  filtering.k_core(connection, min_count)
-  steps.count(f'k-core, at least {min_count} events', 'events', 'give a smaller --min_count, or more reviews')
+  for step, condition, cure in _conditions(rules):
+    connection.execute(f'DELETE FROM events WHERE NOT coalesce({condition}, false)')
+    steps.count(step, 'events', cure)
+  if rules.core == 'iterative':
+    filtering.k_core(connection, rules.min_count)
+    steps.count(f'k-core, at least {rules.min_count} events', 'events', 'give a smaller --min_count, or more reviews')
+  else:
+    filtering.frequent(connection, rules.min_count)
+    steps.count(f'at least {rules.min_count} events, once', 'events', 'give a smaller --min_count, or more reviews')
   bar.update()
-  filtering.drop_repeats(connection, ties)
-  steps.count('consecutive duplicates', 'histories', 'a bug')
-  connection.execute(f"""
-      DELETE FROM histories
-      WHERE user IN (SELECT user FROM histories GROUP BY user HAVING count(*) < {int(min_length)})""")
-  steps.count(f'histories shorter than {min_length}', 'histories', 'give a smaller --min_length, or more reviews')
+  filtering.drop_repeats(connection, rules.ties, rules.dedup)
+  dropped = {'consecutive': 'consecutive duplicates', 'first': 'all duplicates', 'none': 'duplicates, which stay'}
+  steps.count(dropped[rules.dedup], 'histories', 'a bug')
+  filtering.drop_short(connection, rules.min_length)
+  steps.count(f'histories shorter than {rules.min_length}', 'histories', 'give a smaller --min_length, or more reviews')
   bar.update()
   return steps.rows
+
+
+def _conditions(rules: Rules) -> Iterator[tuple[str, str, str]]:
+  """(step, what its events fulfil as SQL, cure if none does) of each filter of single events that is asked for."""
+  if rules.since is not None:
+    yield f'since {rules.since} s', f'time >= {rules.since}', 'give an earlier --since'
+  if rules.until is not None:
+    yield f'until {rules.until} s', f'time < {rules.until}', 'give a later --until'
+  if rules.verified_only:
+    yield ('verified purchases', 'verified',
+           'leave out --verified_only (dumps of 2014 and of ratings do not say which purchases are verified)')
+  if rules.min_rating is not None:
+    yield f'at least {rules.min_rating:g} stars', f'rating >= {float(rules.min_rating)!r} AND NOT isnan(rating)', (
+        'give a smaller --min_rating')

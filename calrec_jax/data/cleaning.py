@@ -5,8 +5,8 @@ import html.entities
 import re
 from collections.abc import Iterable
 
-# Only entities that end in a semicolon: html.unescape also reads 'Cats&notes' as 'Cats¬es'.
-_ENTITY = re.compile(r'&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});')
+# Only entities that end in a semicolon: html.unescape also reads 'Cats&notes' as 'Cats¬es'. However often it was escaped.
+_ENTITY = re.compile(r'&(?:amp;|#38;)*(#\d{1,7};|#[xX][0-9a-fA-F]{1,6};|[A-Za-z][A-Za-z0-9]{1,31};)')
 # Control and direction characters, invisible spaces, halves of surrogate pairs; white space is folded elsewhere.
 _UNPRINTABLE = re.compile('[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff'
                           '\ud800-\udfff]')
@@ -18,7 +18,7 @@ _BLOCK = re.compile(r'<(script|style)\b.*?(?:</\1\s*>|$)', re.IGNORECASE | re.DO
 _COMMENT = re.compile(r'<!--.*?(?:-->|$)', re.DOTALL)
 _TAG = re.compile(rf'</?(?:{_TAG_NAMES})(?:\s[^<>]*)?/?>', re.IGNORECASE)
 # A tag that was cut off: it opens the text, or it has an attribute, so that 'less <b' in prose stays.
-_UNFINISHED_TAG = re.compile(rf'(?:^\s*</?(?:{_TAG_NAMES})(?:\s[^<>]*)?|<(?:{_TAG_NAMES})\s[^<>]*=[^<>]*)$',
+_UNFINISHED_TAG = re.compile(rf'(?:^\s*</?(?:{_TAG_NAMES})(?:\s[^<>]*)?|<(?:{_TAG_NAMES})\s[^<>=]*=[^<>]*)$',
                              re.IGNORECASE)
 # What is left of a tag whose head was cut off, such as ' Magazines" />'.
 _TAG_REST = re.compile(r'^[^<>]*["\']\s*/>')
@@ -47,8 +47,8 @@ def plain_text(value: object) -> str:
 
 
 def _character(entity: re.Match) -> str:
-  text = entity.group()
-  return html.unescape(text) if text[1] == '#' else html.entities.html5.get(text[1:], text)
+  name = entity.group(1)
+  return html.unescape(f'&{name}') if name[0] == '#' else html.entities.html5.get(name, f'&{name}')
 
 
 def clean_text(value: object) -> str:
@@ -83,8 +83,8 @@ def clean_price(value: object) -> str:
   return text if _PRICE.fullmatch(text) else ''
 
 
-def clean_category(value: object) -> str:
-  """The levels from broad to narrow, joined with ', '; a level already named is not named again.
+def clean_category(value: object, depth: int | None = None) -> str:
+  """The levels from broad to narrow, joined with ', ', the first `depth` of them; a level already named is not named again.
 
   In the dumps a product's list of features sometimes runs on behind its levels. So a level that is nothing but markup,
   or a sentence (it ends in a full stop), ends the list.
@@ -95,7 +95,7 @@ def clean_category(value: object) -> str:
     if not text or text.endswith('.'):
       break
     levels[text] = None
-  return ', '.join(levels)
+  return ', '.join(list(levels)[:depth])
 
 
 def _flat(value: object) -> Iterable[object]:

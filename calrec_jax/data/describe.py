@@ -41,7 +41,7 @@ def _rounded(value: float) -> float:
 def format_description(description: dict) -> str:
   """A description (as in `dataset.json`) for people: what was read, dropped and why, and what is left."""
   rows = [f'Data set {description["name"]}', '', 'Read']
-  rows += [f'  {source["file"]:40} {source["lines"]:>12,} lines   sha256 {source["sha256"][:12]}'
+  rows += [f'  {source["file"]:40} {source["lines"]:>12,} lines   sha256 {source["sha256"][:12]}{_format_source(source)}'
            for source in description['sources']]
   rows += ['', f'{"Step":36} {"dropped":>12} {"events":>12} {"users":>12} {"items":>12}']
   for step in description['steps']:
@@ -53,9 +53,26 @@ def format_description(description: dict) -> str:
              f'  times: {times["unit"]}, from {times["first"]} to {times["last"]} UTC']
   for what, count in description.get('metadata', {}).items():
     rows.append(f'  metadata: {what.replace("_", " ")}: {count:,}')
+  rows += [f'  {count:,} {what} differ from another one only by case or blanks in the id; they are taken for different ones'
+           for what, count in description.get('similar_ids', {}).items() if count]
   return '\n'.join(rows + [''] + _format_statistics(description['statistics'])
                    + [f'Options: {", ".join(f"{key} {value}" for key, value in description["options"].items())}',
                       f'Fingerprint: {description["fingerprint"]}'])
+
+
+def format_descriptions(descriptions: list[dict]) -> str:
+  """Several data sets for people, a line each."""
+  rows = [f'{"Data set":32} {"users":>12} {"items":>12} {"events":>12} {"no title":>9}  fingerprint']
+  for description in descriptions:
+    stats = description['statistics']
+    counts = ' '.join(f'{stats[what]:>12,}' for what in ('users', 'items', 'events'))
+    rows.append(f'{description["name"]:32} {counts} {stats["unknown"]["title"]:>9.1%}  {description["fingerprint"][:12]}')
+  return '\n'.join(rows)
+
+
+def _format_source(source: dict) -> str:
+  told = [source.get('format'), 'times in milliseconds' if source.get('time') == 'milliseconds' else None]
+  return ''.join(f', {what}' for what in told if what)
 
 
 def _format_statistics(stats: dict) -> list[str]:

@@ -11,25 +11,33 @@ The steps, in this order:
 DuckDB reads, sorts and joins, on disk where memory is short. What is left is as large as `histories.Histories`.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import json
 import math
 import os
 import pathlib
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import duckdb
 import numpy as np
 import tqdm
 
 from calrec_jax import outputs
-from calrec_jax.data import cleaning, columns, filtering, histories, json_lines, layouts, tables, time_order, time_units
+from calrec_jax.data import (
+  cleaning,
+  columns,
+  database,
+  filtering,
+  histories,
+  json_lines,
+  layouts,
+  tables,
+  time_order,
+  time_units,
+)
 from calrec_jax.errors import UserError
 
-DEDUP = {'consecutive': 'consecutive ones dropped', 'none': 'kept', 'first': 'all but the first dropped'}
 UNKNOWN_ITEMS = ('refuse', 'keep', 'drop')
 _NANOSECONDS = 10**9
 
@@ -72,13 +80,13 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
   """
   histories.check_name(name)
   time_order.check_options(ties, split)
-  for option, value, choices in (('dedup', dedup, tuple(DEDUP)), ('unknown_items', unknown_items, UNKNOWN_ITEMS),
+  for option, value, choices in (('dedup', dedup, tuple(filtering.DEDUP)), ('unknown_items', unknown_items, UNKNOWN_ITEMS),
                                  ('time_unit', time_unit, time_units.UNITS)):
     if value not in choices:
       raise UserError(f'{option} = {value!r}: choose one of {", ".join(choices)}.')
-  with outputs.new_folder(out) as scratch, _workplace(scratch, tmp_dir) as work:
+  with outputs.new_folder(out) as scratch:
     bar = tqdm.tqdm(total=len(events) + 4, desc=f'preparing {name}', leave=False, delay=1, disable=not progress)
-    with bar, _connection(work, memory_limit, threads) as connection:
+    with bar, database.connect(tmp_dir or scratch, threads=threads, memory_limit=memory_limit) as (connection, work):
       log = _Log(connection, work, max_bad_lines, bar)
       times = log.read_events(events, event_columns or {}, time_unit, rated=min_rating is not None)
       shop = log.read_items(items, item_columns or {}, all_items=all_items)
@@ -96,7 +104,7 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
         'columns': log.columns,
         'times': {'unit': times.unit, 'first': _date(timestamps.min()), 'last': _date(timestamps.max())},
         'options': {'min_count': min_count, 'min_rating': min_rating, 'min_length': min_length, 'max_bad_lines': max_bad_lines,
-                    'ties': ties, 'split': split, 'repeats': DEDUP[dedup], 'time_unit': time_unit,
+                    'ties': ties, 'split': split, 'repeats': filtering.DEDUP[dedup], 'time_unit': time_unit,
                     'unknown_items': unknown_items, 'all_items': all_items},
         'steps': steps,
         'bad_lines': log.n_bad,
@@ -280,44 +288,9 @@ def _filter(connection: duckdb.DuckDBPyConnection, *, min_count: int, min_rating
   filtering.drop_repeats(connection, ties, dedup)
   if dedup != 'none':
     steps.count('consecutive duplicates' if dedup == 'consecutive' else 'all but the first of an item', 'histories', 'a bug')
-  connection.execute(f"""
-      DELETE FROM histories
-      WHERE user IN (SELECT user FROM histories GROUP BY user HAVING count(*) < {int(min_length)})""")
+  filtering.drop_short(connection, min_length)
   steps.count(f'histories shorter than {min_length}', 'histories', 'give a smaller --min_length, or more events')
   return steps.rows
-
-
-@contextlib.contextmanager
-def _workplace(scratch: pathlib.Path, tmp_dir: str | os.PathLike | None) -> Iterator[pathlib.Path]:
-  """A folder for files in between, beside the output or where the user says."""
-  try:
-    work = tempfile.TemporaryDirectory(prefix='calrec.', dir=tmp_dir or scratch)
-  except OSError as error:
-    raise UserError(f'--tmp_dir {tmp_dir}: cannot be written ({error.strerror}); choose another folder.') from error
-  with work:
-    yield pathlib.Path(work.name)
-
-
-@contextlib.contextmanager
-def _connection(work: pathlib.Path, memory_limit: str | None, threads: int | None) -> Iterator[duckdb.DuckDBPyConnection]:
-  """DuckDB on disk. UserError: it does not know such a limit, or what it may take is not enough."""
-  with duckdb.connect(os.path.join(work, 'events.duckdb')) as connection:
-    connection.execute("SET preserve_insertion_order = true; SET TimeZone = 'UTC'")
-    try:
-      for setting, value in (('memory_limit', memory_limit), ('threads', threads)):
-        if value is not None:
-          connection.execute(f"""SET {setting} = '{str(value).replace("'", "''")}'""")
-    except duckdb.Error as error:
-      raise UserError(f'--{setting} {value}: DuckDB does not take it ({str(error).splitlines()[0]}); write such as 4GB, or a '
-                      'number of threads.') from error
-    try:
-      yield connection
-    except duckdb.OutOfMemoryException as error:
-      raise UserError(f'--memory_limit: too little for this table ({str(error).splitlines()[0]}); give more, or fewer '
-                      '--threads, or a --tmp_dir with more room.') from error
-    except duckdb.IOException as error:
-      raise UserError(f'{work}: DuckDB cannot go on ({str(error).splitlines()[0]}); make room, or choose another --tmp_dir.'
-                      ) from error
 
 
 def _date(seconds: np.int64) -> str:

@@ -1,7 +1,8 @@
 """From a table of events to histories, in SQL: the k-core, repeats, a count of what each step dropped, and the arrays.
 
 The tables are those of a DuckDB connection: users(id, code) and items(id, code), where a code's order is its id's;
-events(user, item, time, line) with codes; histories(user, item, time, rank).
+events(user, item, time, line) with codes; histories(user, item, time, rank). Where times are finer than the column `time`, the
+rest stands in `line`, above the line's number, so that (time, line) orders by both.
 """
 
 import duckdb
@@ -10,7 +11,9 @@ import numpy as np
 from calrec_jax.data import time_order
 from calrec_jax.errors import UserError
 
-EVENT_ORDERS = {'dump': 'time, line', 'hashed': 'time, tie, line'}
+FRACTION_BITS = 40  # of a line's number, below the rest of its time
+EVENT_ORDERS = {'dump': 'time, line', 'hashed': f'time, line >> {FRACTION_BITS}, tie, line'}
+DEDUP = {'consecutive': 'consecutive ones dropped', 'none': 'kept', 'first': 'all but the first dropped'}  # as it is told
 REPEATS = {  # what is computed of an event, and which ones stay
     'consecutive': (', lag(item) OVER history AS previous', 'previous IS DISTINCT FROM item'),
     'none': ('', 'true'),
@@ -44,10 +47,15 @@ def k_core(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
   """
   before = None
   while before != (before := connection.execute('SELECT count(*) FROM events').fetchone()):
-    connection.execute(f"""
-        CREATE OR REPLACE TABLE events AS SELECT * FROM events
-        WHERE user IN (SELECT user FROM events GROUP BY user HAVING count(*) >= {int(min_count)})
-          AND item IN (SELECT item FROM events GROUP BY item HAVING count(*) >= {int(min_count)})""")
+    frequent(connection, min_count)
+
+
+def frequent(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
+  """Drops users and items that have fewer than `min_count` events in the table events before any is dropped."""
+  connection.execute(f"""
+      CREATE OR REPLACE TABLE events AS SELECT * FROM events
+      WHERE user IN (SELECT user FROM events GROUP BY user HAVING count(*) >= {int(min_count)})
+        AND item IN (SELECT item FROM events GROUP BY item HAVING count(*) >= {int(min_count)})""")
 
 
 def drop_repeats(connection: duckdb.DuckDBPyConnection, ties: str, dedup: str = 'consecutive') -> None:
@@ -67,15 +75,33 @@ def drop_repeats(connection: duckdb.DuckDBPyConnection, ties: str, dedup: str = 
       WHERE {kept}""")
 
 
+def drop_short(connection: duckdb.DuckDBPyConnection, min_length: int) -> None:
+  """Drops histories of fewer than `min_length` events."""
+  connection.execute(f"""
+      DELETE FROM histories
+      WHERE user IN (SELECT user FROM histories GROUP BY user HAVING count(*) < {int(min_length)})""")
+
+
+def similar_ids(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+  """How many users, and items, of the histories have an id that is another one's but for case and blanks."""
+  counts = {}
+  for table, column in (('users', 'user'), ('items', 'item')):
+    [[counts[table]]] = connection.execute(fr"""
+        SELECT coalesce(CAST(sum(n) AS BIGINT), 0) FROM (
+          SELECT count(*) AS n FROM {table} WHERE code IN (SELECT {column} FROM histories)
+          GROUP BY regexp_replace(lower(id), '\s', '', 'g') HAVING count(*) > 1)""").fetchall()
+  return counts
+
+
 def arrays(connection: duckdb.DuckDBPyConnection) -> dict:
   """The table histories as ids and arrays (see `histories.Histories`), users and items by id."""
   columns = connection.execute('SELECT user, item, time FROM histories ORDER BY user, rank').fetchnumpy()
-  users, counts = np.unique(columns['user'], return_counts=True)
-  items, events = np.unique(columns['item'], return_inverse=True)
+  counts = np.unique(columns['user'], return_counts=True)[1]
+  events = np.unique(columns['item'], return_inverse=True)[1]
   ids = {}
-  for table, codes in (('users', users), ('items', items)):
-    all_ids = [row[0] for row in connection.execute(f'SELECT id FROM {table} ORDER BY code').fetchall()]
-    ids[table] = [all_ids[code] for code in codes]
+  for table, column in (('users', 'user'), ('items', 'item')):
+    ids[table] = [row[0] for row in connection.execute(
+        f'SELECT id FROM {table} WHERE code IN (SELECT {column} FROM histories) ORDER BY code').fetchall()]
   return {
       'user_ids': ids['users'],
       'item_ids': ids['items'],

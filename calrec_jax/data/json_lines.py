@@ -1,18 +1,21 @@
 """Files of JSON lines: read, gzipped or plain, so that bad input is named by file and line; written in equal bytes."""
 
+import codecs
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import tqdm
 
 from calrec_jax.errors import UserError
 
+MAX_LINE_BYTES = 1 << 26  # so that no file, however it was packed, takes the memory that it likes
 _CHUNK_BYTES = 1 << 20
 
 
@@ -40,17 +43,21 @@ class Source:
 class BadLines:
   """Counts the bad lines of one file, and raises UserError when there is one more than tolerated.
 
-  `tolerated` is None where the user has no such choice: the first bad line is an error.
+  `tolerated` is None where the user has no such choice: the first bad line is an error. `first` says what is wrong with the
+  first three.
   """
 
   def __init__(self, path: str | os.PathLike, tolerated: int | None):
     self.path = pathlib.Path(path)
     self.tolerated = tolerated
     self.count = 0
+    self.first: list[str] = []
 
   def add(self, number: int, what: str) -> None:
     """Counts line `number` (from 1), which is bad because of `what`."""
     self.count += 1
+    if len(self.first) < 3:
+      self.first.append(f'line {number}: {what}')
     if self.count > (self.tolerated or 0):
       more = f' ({self.count} bad lines up to here, {self.tolerated} tolerated)' if self.tolerated else ''
       cure = 'repair it' if self.tolerated is None else 'repair it, or tolerate it with --max_bad_lines'
@@ -73,41 +80,57 @@ def _is_gzipped(path: pathlib.Path) -> bool:
   return magic == b'\x1f\x8b'
 
 
+def digest(path: str | os.PathLike, *, progress: bool = True) -> str:
+  """The sha256 of a file's bytes as stored, in hex. Raises UserError if there is no such file, or it cannot be read."""
+  path = file_at(path)
+  found = hashlib.sha256()
+  try:
+    with path.open('rb') as file, tqdm.tqdm(total=path.stat().st_size, unit='B', unit_scale=True, delay=1, leave=False,
+                                            desc=f'checking {path.name}', disable=not progress) as bar:
+      while chunk := file.read(_CHUNK_BYTES):
+        found.update(chunk)
+        bar.update(len(chunk))
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
+  return found.hexdigest()
+
+
 def inspect(path: str | os.PathLike, *, progress: bool = True) -> Source:
   """Reads a file to its end: its digest, its number of lines, whether it is whole.
 
   Raises:
-    UserError: the file is missing or unreadable, a .gz that is not gzip, or a truncated or damaged one.
+    UserError: the file is missing or unreadable, a .gz that is not gzip, a truncated or damaged one, or as `lines` says.
   """
   path = file_at(path)
   try:
     gzipped = _is_gzipped(path)
-    digest = hashlib.sha256()
-    with path.open('rb') as file, tqdm.tqdm(total=path.stat().st_size, unit='B', unit_scale=True, delay=1, leave=False,
-                                            desc=f'checking {path.name}', disable=not progress) as bar:
-      while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-        bar.update(len(chunk))
   except OSError as error:
     raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
+  sha256 = digest(path, progress=progress)
   n_lines = sum(1 for _ in lines(path, gzipped=gzipped, progress=progress))
-  return Source(path, digest.hexdigest(), n_lines, gzipped)
+  return Source(path, sha256, n_lines, gzipped)
 
 
 def lines(path: str | os.PathLike, *, gzipped: bool | None = None, progress: bool = True
           ) -> Iterator[tuple[int, bytes]]:
   """Yields (number from 1, line) of each line that holds more than white space; only \\n ends a line.
 
-  Raises UserError as `inspect` does.
+  A byte order mark of UTF-8 is left out. Raises UserError as `inspect` does, for UTF-16, and for a line of more than
+  `MAX_LINE_BYTES`, of which no more is read.
   """
   path = file_at(path)
   gzipped = _is_gzipped(path) if gzipped is None else gzipped
   try:
     with gzip.open(path) if gzipped else path.open('rb') as file:
-      numbered = tqdm.tqdm(file, unit=' lines', unit_scale=True, delay=1, leave=False, desc=f'reading {path.name}',
+      read = iter(functools.partial(file.readline, MAX_LINE_BYTES + 1), b'')
+      numbered = tqdm.tqdm(read, unit=' lines', unit_scale=True, delay=1, leave=False, desc=f'reading {path.name}',
                            disable=not progress)
       for number, line in enumerate(numbered, start=1):
-        if not line.isspace():
+        if number == 1:
+          line = _without_mark(path, line)
+        if len(line) > MAX_LINE_BYTES:
+          raise UserError(f'{path}: line {number}: longer than {MAX_LINE_BYTES >> 20} MiB; repair the file, or give another.')
+        if line and not line.isspace():
           yield number, line
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
     raise UserError(f'{path}: is truncated or damaged ({error}); download or copy it again.') from error
@@ -115,14 +138,21 @@ def lines(path: str | os.PathLike, *, gzipped: bool | None = None, progress: boo
     raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
 
 
-def objects(path: str | os.PathLike, bad: BadLines, *, progress: bool = True) -> Iterator[tuple[int, dict]]:
+def _without_mark(path: pathlib.Path, line: bytes) -> bytes:
+  if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    raise UserError(f'{path}: is text in UTF-16; save it as UTF-8.')
+  return line.removeprefix(codecs.BOM_UTF8)
+
+
+def objects(path: str | os.PathLike, bad: BadLines, *, read: Callable[[bytes], object] = json.loads, progress: bool = True
+            ) -> Iterator[tuple[int, dict]]:
   """Yields (number from 1, object) of each line; lines that hold no JSON object go to `bad`.
 
-  Raises UserError as `lines` and `bad` do.
+  `read` gives the value of a line, or raises ValueError or RecursionError. Raises UserError as `lines` and `bad` do.
   """
   for number, line in lines(path, progress=progress):
     try:
-      row = json.loads(line)
+      row = read(line)
     except (ValueError, RecursionError) as error:
       bad.add(number, f'not JSON ({str(error).splitlines()[0]})')
       continue

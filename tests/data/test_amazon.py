@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from calrec_jax.data import amazon, describe, filtering, histories, time_order
+from calrec_jax.data import amazon, describe, dump_tables, filtering, histories, time_order
 from calrec_jax.errors import UserError
 
 
@@ -159,7 +159,7 @@ def one_round_of_the_k_core(monkeypatch):
 
 
 def all_repeats_dropped(monkeypatch):
-  def mutant(connection, ties):
+  def mutant(connection, ties, dedup):
     connection.execute("""
         CREATE TABLE histories AS SELECT user, item, min(time) AS time, min(time) AS rank FROM events
         GROUP BY user, item""")
@@ -203,7 +203,7 @@ def test_a_file_read_in_python_gives_what_duckdb_reads(tmp_path, monkeypatch):
   meta = write_lines(tmp_path / 'meta.json.gz', [
       {'asin': f'B{n:02}', 'title': f'T {n}', 'category': ['C'], 'price': n + 1} for n in range(90)])
   prints = [amazon.prepare_dumps([reviews], [meta], name='x', out=tmp_path / 'duckdb')['fingerprint']]
-  monkeypatch.setattr(amazon._Dumps, '_count_good', lambda self, fields: -1)
+  monkeypatch.setattr(dump_tables.Dumps, '_count_good', lambda self, columns: -1)
   prints += [amazon.prepare_dumps([reviews], [meta], name='x', out=tmp_path / 'python')['fingerprint']]
   assert prints[0] == prints[1]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import hypothesis
 import pytest
@@ -116,3 +117,12 @@ def test_real_metadata_lose_no_prose_and_keep_no_rubbish(real_data):
       n_unfinished += row['title'].startswith('<span') and not fields[0]
       n_titles += bool(fields[0])
   assert n_unfinished > 1000 and n_titles > 1500
+
+
+@pytest.mark.parametrize('piece', ['<a ', '=', '&amp;', 'amp;', '<', '" ', '<script ', '<!--', '$1,', '{a-', 'word <b>x</b> '])
+def test_long_and_hostile_titles_take_no_time(piece):
+  began = time.monotonic()
+  for text in (piece * (100_000 // len(piece)), f'<a &{piece * (100_000 // len(piece))}<'):
+    for clean in (cleaning.clean_text, cleaning.clean_price, cleaning.clean_brand):
+      clean(text)
+  assert time.monotonic() - began < 10  # a loaded machine; in the square of the length it took minutes
