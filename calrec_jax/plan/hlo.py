@@ -93,20 +93,50 @@ class Module:
     known = re.search(r'known_trip_count\W+n\W+(\d+)', loop.text)
     if known:
       return int(known[1])
-    return self._bound(re.search(r'condition=%?([\w.\-]+)', loop.text)[1])
+    condition, body = (re.search(rf'{part}=%?([\w.\-]+)', loop.text)[1] for part in ('condition', 'body'))
+    bound = self._bound(condition)
+    return None if bound is None else -(-bound[0] // self._step(body, bound[1]))
 
-  def _bound(self, name: str) -> int | None:
-    """What a loop's counter, which begins at 0, is compared with, where that is a constant."""
+  def _bound(self, name: str) -> tuple[int, int | None] | None:
+    """(what a loop's counter, which begins at 0, is compared with, the counter's place in what the loop carries).
+
+    None where it is not compared with a constant.
+    """
     computation = self.computations[name]
-    root = next(one for one in computation.values() if one.is_root)
-    compared = root
+    root = compared = _root(computation)
     if root.opcode == 'fusion':
-      compared = next(one for one in self.computations[root.called[0]].values() if one.is_root)
+      compared = _root(self.computations[root.called[0]])
     if compared.opcode != 'compare' or 'direction=LT' not in compared.text:
       return None
-    constants = [computation[operand] for operand in root.operands if operand in computation]
-    values = [re.search(r'\((\d+)\)', one.text) for one in constants if one.opcode == 'constant']
-    return int(values[0][1]) if len(values) == 1 and values[0] else None
+    known = [computation[operand] for operand in root.operands if operand in computation]
+    values = [_constant(one) for one in known if one.opcode == 'constant']
+    places = [int(found[1]) for one in known if (found := re.search(r'\bindex=(\d+)', one.text))]
+    return (values[0], places[0] if places else None) if len(values) == 1 and values[0] else None
+
+  def _step(self, name: str, place: int | None) -> int:
+    """What a loop's body adds to its counter: the compiler unrolls some loops. 1 where that is not a constant."""
+    outer = computation = self.computations[name]
+    root = _root(computation)
+    one = computation.get(root.operands[place]) if root.opcode == 'tuple' and place is not None else None
+    given: dict[str, str] = {}
+    if one is not None and one.opcode == 'fusion':
+      computation = self.computations[one.called[0]]
+      given = {each.name: one.operands[int(re.match(r'\((\d+)\)', each.text)[1])]
+               for each in computation.values() if each.opcode == 'parameter'}
+      one = _root(computation)
+    if one is None or one.opcode != 'add':
+      return 1
+    parts = [outer.get(given[operand]) if operand in given else computation.get(operand) for operand in one.operands]
+    return next((value for part in parts if part is not None and part.opcode == 'constant' and (value := _constant(part))), 1)
+
+
+def _root(computation: Computation) -> Instruction:
+  return next(one for one in computation.values() if one.is_root)
+
+
+def _constant(one: Instruction) -> int | None:
+  found = re.match(r'\((\d+)\)', one.text)
+  return int(found[1]) if found else None
 
 
 def parse(text: str) -> Module:

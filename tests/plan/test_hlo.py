@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from calrec_jax.plan import hlo, traffic
+from calrec_jax.plan import hlo, topology, traffic
+from calrec_jax.training.partitioning import MeshShape
 
 MESH = {'data': 2, 'fsdp': 2, 'model': 2}
 
@@ -65,6 +66,64 @@ def test_what_a_loop_runs_counts_as_often_as_it_runs():
   program = module(looped, ((4, 64), P()), ((7, 64, 64), P(None, 'model')))
   assert {one.times for one in traffic.collectives(program, MESH)} == {7}
   assert turns(module(looped, ((4, 64), P()), ((7, 64, 64), P()))) == {7}
+
+
+COUNTED = """HloModule loop
+
+%added (a: u32[], b: u32[]) -> u32[] {{
+  %a = u32[] parameter(0)
+  %b = u32[] parameter(1)
+  ROOT %sum = u32[] add(%a, %b)
+}}
+
+%less (p: (f32[4], u32[])) -> pred[] {{
+  %p = (f32[4]{{0}}, u32[]) parameter(0)
+  %bound = u32[] constant(7)
+  %i = u32[] get-tuple-element(%p), index=1
+  ROOT %compare = pred[] compare(%i, %bound), direction=LT
+}}
+
+%body (q: (f32[4], u32[])) -> (f32[4], u32[]) {{
+  %q = (f32[4]{{0}}, u32[]) parameter(0)
+  %step = u32[] constant({step})
+  %x = f32[4]{{0}} get-tuple-element(%q), index=0
+  %j = u32[] get-tuple-element(%q), index=1
+  %y = f32[4]{{0}} tanh(%x)
+  %next = u32[] {next}
+  ROOT %both = (f32[4]{{0}}, u32[]) tuple(%y, %next)
+}}
+
+ENTRY %main (start: (f32[4], u32[])) -> (f32[4], u32[]) {{
+  %start = (f32[4]{{0}}, u32[]) parameter(0)
+  ROOT %loop = (f32[4]{{0}}, u32[]) while(%start), condition=%less, body=%body
+}}
+"""
+
+
+@pytest.mark.parametrize('step, following, trips', [
+    (1, 'add(%j, %step)', 7), (2, 'add(%j, %step)', 4), (2, 'fusion(%j, %step), kind=kLoop, calls=%added', 4),
+    (3, 'add(%step, %j)', 3), (2, 'multiply(%j, %step)', 7)])
+def test_a_loop_may_count_in_larger_steps(step, following, trips):
+  program = hlo.parse(COUNTED.format(step=step, next=following))
+  assert [times for one, _, times in program.runs() if one.opcode == 'tanh'] == [trips]
+
+
+def test_weights_that_go_round_a_ring_go_round_once():
+  """The TPU compiler sends shards of weights on while it multiplies, in a loop that it unrolls."""
+  pytest.importorskip('libtpu')
+  topology.prepare()
+  ring = MeshShape(1, 8, 1).build(topology.devices(topology.parse('v5e:2x4')))
+
+  def layer(x_BLD, weights):
+    gate_DF, up_DF, down_FD = weights
+    return (jax.nn.silu(x_BLD @ gate_DF) * (x_BLD @ up_DF)) @ down_FD, None
+  array = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(ring, P(*spec)))
+  weights = (*[array((5, 576, 1536), None, 'fsdp')] * 2, array((5, 1536, 576), None, None, 'fsdp'))
+  with jax.default_matmul_precision('default'):
+    compiled = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0]).lower(array((64, 512, 576), 'fsdp'), weights).compile()
+  sent = traffic.collectives(hlo.parse(compiled.as_text()), dict(ring.shape))
+  share = sum(one.times * one.bytes for one in sent if one.kind == 'collective-permute') / (5 * 3 * 576 * 1536 * 2)
+  assert 7 / 8 <= share <= 9 / 8  # of all eight parts a device has one, and at the end of the loop two are sent in vain
 
 
 def test_a_loop_of_unknown_length_counts_as_told():
