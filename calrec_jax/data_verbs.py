@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from calrec_jax import quiet_tensorflow, storage
+from calrec_jax import outputs, quiet_tensorflow
 from calrec_jax.errors import UserError
 
 Outcome = tuple[Any, str]  # what --json prints, what is printed else
@@ -79,7 +79,7 @@ def _describe(options: argparse.Namespace) -> Outcome:
   from calrec_jax.description import describe, page, tables
   from calrec_jax.text.templates import FIELDS, ItemTemplate
   if options.html:
-    page.check_place(options.html)
+    outputs.check_absent(options.html)
   found = describe.describe(options.dataset, vocabulary=options.vocabulary, length=options.length,
                             item_length=options.item_length,
                             template=ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown))
@@ -94,8 +94,7 @@ def _vocabulary(options: argparse.Namespace) -> Outcome:
   from calrec_jax.text import vocabularies
   from calrec_jax.text.templates import FIELDS, ItemTemplate
   template = ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown)
-  if storage.exists(options.out):
-    raise UserError(f'{options.out}: the output is already there; choose another place, or remove it first.')
+  outputs.check_absent(options.out)
   texts = [template.item_text(item) for folder in options.data for item in histories.load(folder).items]
   vocabulary = vocabularies.train_vocabulary(texts, size=options.size, phrases=vocabularies.template_phrases(template))
   vocabulary.save(options.out)

@@ -65,6 +65,23 @@ def new_file(out: str | os.PathLike) -> Iterator[pathlib.Path]:
     scratch.unlink(missing_ok=True)
 
 
+def check_absent(out: str | os.PathLike) -> None:
+  """Raises UserError if there is something at `out`, a file to be."""
+  if storage.exists(out):
+    raise UserError(f'{os.fspath(out)}: the output is already there; choose another place, or remove it first.')
+
+
+def write_page(out: str | os.PathLike, text: str) -> int:
+  """Writes a text for people, whole or not at all; returns its bytes. Raises UserError if it cannot be written."""
+  content = text.encode('utf-8', 'replace')
+  try:
+    with new_file(out) as scratch:
+      scratch.write_bytes(content)
+  except OSError as error:
+    raise UserError(f'{os.fspath(out)}: cannot be written ({error.strerror}); choose another place.') from error
+  return len(content)
+
+
 def write_json(out: str | os.PathLike, value: object) -> None:
   """Writes `value` as indented JSON, whole or not at all."""
   with new_file(out) as scratch:

@@ -17,6 +17,7 @@ from typing import Any
 from calrec_jax.errors import UserError
 
 PUSH_SECONDS = 30.
+COMMIT_SUCCESS_FILE = 'commit_success.txt'  # Orbax's: in a bucket, what holds it is whole
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
@@ -105,7 +106,7 @@ def upload(source: pathlib.Path, path: str | os.PathLike) -> None:
   with _told(text, 'written'):
     system = _file_system(text)
     files = [file for file in source.rglob('*') if file.is_file()] if source.is_dir() else [source]
-    for file in sorted(files, key=lambda file: (file.name == 'commit_success.txt', file)):
+    for file in sorted(files, key=lambda file: (file.name == COMMIT_SUCCESS_FILE, file)):
       system.put_file(os.fspath(file), text if file == source else f'{text}/{file.relative_to(source).as_posix()}')
 
 

@@ -5,7 +5,6 @@
 
 import base64
 import hashlib
-import http.server
 import json
 import re
 import threading
@@ -13,8 +12,10 @@ import urllib.parse
 import zlib
 from typing import Any
 
+from local_server import Handler, LocalServer
 
-class FakeGcs:
+
+class FakeGcs(LocalServer):
   """A server with any bucket; `objects` maps (bucket, name) to (content, generation)."""
 
   def __init__(self):
@@ -23,8 +24,7 @@ class FakeGcs:
     self.refuse: str | None = None  # uploads of names that match are refused
     self.uploaded: list[str] = []
     self.lock, self.generation = threading.RLock(), 0
-    self._server = _Server(('127.0.0.1', 0), type('Handler', (_Handler,), {'gcs': self}))
-    self.url = f'http://127.0.0.1:{self._server.server_port}'
+    super().__init__(_Handler)
 
   @property
   def environment(self) -> dict[str, str]:
@@ -57,32 +57,11 @@ class FakeGcs:
             'crc32c': base64.b64encode(zlib.crc32(content).to_bytes(4, 'big')).decode(),
             'md5Hash': base64.b64encode(hashlib.md5(content).digest()).decode()}
 
-  def __enter__(self) -> 'FakeGcs':
-    threading.Thread(target=self._server.serve_forever, daemon=True).start()
-    return self
 
-  def __exit__(self, *_: object) -> None:
-    self._server.shutdown()
-    self._server.server_close()
-
-
-class _Server(http.server.ThreadingHTTPServer):
-  """Says nothing of connections that the other side closed."""
-
-  daemon_threads = True
-
-  def handle_error(self, *_: object) -> None:
-    pass
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(Handler):
   """One request. Names in paths are percent-encoded."""
 
-  protocol_version = 'HTTP/1.1'
-  gcs: FakeGcs
-
-  def log_message(self, *_: object) -> None:
-    pass
+  world: FakeGcs
 
   def do_GET(self) -> None:
     path, query = self._asked()
@@ -104,10 +83,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._upload(match[1], query, body)
     elif match := re.fullmatch(r'/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)', path):
       source, name, target, new = map(urllib.parse.unquote, match.groups())
-      if (source, name) not in self.gcs.objects:
+      if (source, name) not in self.world.objects:
         return self._refuse(404, name)
       self._answer({'kind': 'storage#rewriteResponse', 'done': True,
-                    'resource': self.gcs.put(target, new, self.gcs[source, name])})
+                    'resource': self.world.put(target, new, self.world[source, name])})
     elif path.startswith('/batch/storage/v1'):
       self._batch(body)
     else:
@@ -118,11 +97,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _chunk(self, session: str, body: bytes) -> None:
     """A part of a resumable upload; the last one names the size of all."""
-    bucket, name, held = self.gcs.sessions[session]
+    bucket, name, held = self.world.sessions[session]
     held += body
     end = self.headers.get('Content-Range', '/*').rpartition('/')[2]
     if end != '*' and len(held) >= int(end):
-      self._answer(self.gcs.put(bucket, name, bytes(held)))
+      self._answer(self.world.put(bucket, name, bytes(held)))
     else:
       self._answer({}, 308, {'Range': f'bytes=0-{len(held) - 1}'})
 
@@ -146,30 +125,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return b''.join(parts)
 
   def _deleted(self, bucket: str, name: str) -> bool:
-    with self.gcs.lock:
-      return self.gcs.objects.pop((bucket, name), None) is not None
+    with self.world.lock:
+      return self.world.objects.pop((bucket, name), None) is not None
 
   def _listing(self, bucket: str, query: dict[str, str]) -> dict[str, Any]:
     prefix, delimiter = query.get('prefix', ''), query.get('delimiter')
     first, stop = query.get('startOffset', ''), query.get('endOffset')
     items, prefixes = [], set()
-    with self.gcs.lock:
-      for name in self.gcs.names(bucket, prefix):
+    with self.world.lock:
+      for name in self.world.names(bucket, prefix):
         if name < first or (stop and name >= stop):
           continue
         head, slash, _ = name[len(prefix):].partition(delimiter) if delimiter else (name, '', '')
         if slash:
           prefixes.add(prefix + head + slash)
         else:
-          items.append(self.gcs.about(bucket, name))
+          items.append(self.world.about(bucket, name))
     return {'kind': 'storage#objects', 'items': items, 'prefixes': sorted(prefixes)}
 
   def _object(self, bucket: str, name: str, query: dict[str, str]) -> None:
-    if (bucket, name) not in self.gcs.objects:
+    if (bucket, name) not in self.world.objects:
       return self._refuse(404, name)
     if query.get('alt') != 'media':
-      return self._answer(self.gcs.about(bucket, name))
-    content, generation = self.gcs.objects[bucket, name]
+      return self._answer(self.world.about(bucket, name))
+    content, generation = self.world.objects[bucket, name]
     about = {'x-goog-generation': str(generation), 'ETag': f'"{generation}"'}
     asked = re.fullmatch(r'bytes=(\d*)-(\d*)', self.headers.get('Range', ''))
     if asked is None:
@@ -184,9 +163,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     name, given = query.get('name'), query.get('ifGenerationMatch')
     if query['uploadType'] == 'resumable':
       name = name or json.loads(body)['name']
-      upload = f'session{len(self.gcs.sessions)}'
-      self.gcs.sessions[upload] = bucket, name, bytearray()
-      place = f'{self.gcs.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={upload}'
+      upload = f'session{len(self.world.sessions)}'
+      self.world.sessions[upload] = bucket, name, bytearray()
+      place = f'{self.world.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={upload}'
       return self._answer({}, 200, {'Location': place})
     if query['uploadType'] == 'multipart':
       mark = re.search('boundary=["\']?([^"\';]+)', self.headers['Content-Type'])[1].encode()
@@ -194,9 +173,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                         for part in body.split(b'--' + mark)[1:3])
       name = name or json.loads(about)['name']
       body = content.removesuffix(b'\r\n').removesuffix(b'\n') if not content.endswith(b'\r\n') else content[:-2]
-    if self.gcs.refuse and re.search(self.gcs.refuse, name):
+    if self.world.refuse and re.search(self.world.refuse, name):
       return self._refuse(403, name)
-    stored = self.gcs.put(bucket, name, body, None if given is None else int(given))
+    stored = self.world.put(bucket, name, body, None if given is None else int(given))
     self._answer(stored, 200) if stored else self._refuse(412, name)
 
   def _batch(self, body: bytes) -> None:

@@ -5,13 +5,13 @@ requests for a file's content (`''` is an ordinary answer), the last of which st
 """
 
 import hashlib
-import http.server
 import re
-import threading
 import time
 
+from local_server import Handler, LocalServer
 
-class FileServer:
+
+class FileServer(LocalServer):
   """Files by path.
 
   Attributes:
@@ -30,39 +30,17 @@ class FileServer:
     self.asked: list[tuple[str, str, str]] = []
     self.ranges, self.versions, self.knows_head = True, 'ETag', True
     self.redirects: dict[str, str] = {}
-    self._server = _Server(('127.0.0.1', 0), type('Handler', (_Handler,), {'world': self}))
-    self.url = f'http://127.0.0.1:{self._server.server_port}'
-
-  def __enter__(self) -> 'FileServer':
-    threading.Thread(target=self._server.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._server.shutdown()
-    self._server.server_close()
+    super().__init__(_Handler)
 
   def contents_asked(self, path: str) -> list[str]:
     """The Range of each GET of a file."""
     return [ranges for method, asked, ranges in self.asked if (method, asked) == ('GET', path)]
 
 
-class _Server(http.server.ThreadingHTTPServer):
-  """Says nothing of connections that the other side closed."""
-
-  daemon_threads = True
-
-  def handle_error(self, *_: object) -> None:
-    pass
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(Handler):
   """One request."""
 
-  protocol_version = 'HTTP/1.1'
   world: FileServer
-
-  def log_message(self, *_: object) -> None:
-    pass
 
   def do_HEAD(self) -> None:
     if not self.world.knows_head:

@@ -165,7 +165,7 @@ def test_a_model_is_imported_into_a_bucket(gcs, tmp_path):
   gcs.uploaded.clear()
   for out in (tmp_path / 'model', f'gs://{BUCKET}/model'):
     importing.import_model(source, out)
-  assert [name.rpartition('/')[2] for name in gcs.uploaded][-3:] == [checkpoints.COMMIT_SUCCESS_FILE] * 3
+  assert [name.rpartition('/')[2] for name in gcs.uploaded][-3:] == [storage.COMMIT_SUCCESS_FILE] * 3
   here, there = load(tmp_path / 'model'), load(f'gs://{BUCKET}/model')
   jax.tree.map(np.testing.assert_array_equal, there.params, here.params)
   storage.upload(tmp_path / 'model', f'gs://{BUCKET}/copied')  # as a tool for buckets would

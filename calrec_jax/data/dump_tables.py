@@ -50,9 +50,9 @@ class Dumps:
     self.connection.execute('CREATE TABLE lines (user_id VARCHAR, item_id VARCHAR, time BIGINT, line BIGINT'
                             + ''.join(f', {column} {_TYPES[column]}' for column in more) + ')')
     places = dump_formats.csv_places(self.rules.csv_columns)
-    for path in paths:
+    for path in map(storage.local, paths):
       self._read(path, functools.partial(dump_formats.of_reviews, places=places), self.rules.columns)
-      time = self._time_unit(storage.local(path))
+      time = self._time_unit(path)
       fraction = '' if time == 'time' else f'((time % 1000) << {filtering.FRACTION_BITS}) + '
       self.connection.execute(f"""
           INSERT INTO lines SELECT user_id, item_id, {time},
@@ -77,7 +77,7 @@ class Dumps:
         CREATE TABLE meta (item_id VARCHAR, {', '.join(f'{column} JSON' for column in columns[1:])}, line BIGINT);
         CREATE TABLE wanted AS SELECT id FROM items WHERE code IN (SELECT item FROM histories)""")
     counts = {'lines': 0, 'repeated_lines': 0, 'items_without': 0}
-    for path in paths:
+    for path in map(storage.local, paths):
       self._read(path, dump_formats.of_meta, columns)
       self.connection.execute(f"""
           INSERT INTO meta SELECT {', '.join(columns)}, (SELECT coalesce(max(line), 0) FROM meta) + number
@@ -101,10 +101,9 @@ class Dumps:
     counts['items_without'] = len(item_ids) - len(items)
     return [items.get(item_id) or dict.fromkeys(histories.FIELDS, '') for item_id in item_ids], counts
 
-  def _read(self, path: str | os.PathLike, recognise: Callable[[pathlib.Path], dump_formats.Format],
+  def _read(self, path: pathlib.Path, recognise: Callable[[pathlib.Path], dump_formats.Format],
             columns: Sequence[str]) -> None:
     """Makes the table `dump` of a file: its good lines, in order; attributes of items are of type JSON."""
-    path = storage.local(path)
     source = json_lines.inspect(path, progress=not self.bar.disable)
     form = recognise(source.path)
     self.sources.append(source.description() | dump_formats.named(path, form))

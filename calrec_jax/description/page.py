@@ -4,9 +4,8 @@ import importlib.resources
 import os
 from collections.abc import Mapping, Sequence
 
-from calrec_jax import outputs, storage
+from calrec_jax import outputs
 from calrec_jax.description.tables import tables
-from calrec_jax.errors import UserError
 from calrec_jax.html_page import charts
 from calrec_jax.html_page.document import document, escaped, table
 
@@ -14,20 +13,9 @@ SECTIONS = {'size': 'Size', 'distributions': 'Distributions', 'repeats': 'Repeat
             'items': 'Items', 'texts': 'Shared texts', 'preparation': 'Preparation'}
 
 
-def check_place(out: str | os.PathLike) -> None:
-  """Raises UserError if there is something at `out`."""
-  if storage.exists(out):
-    raise UserError(f'{os.fspath(out)}: the output is already there; choose another place, or remove it first.')
-
-
 def write(found: Mapping, out: str | os.PathLike) -> None:
   """Writes the page, whole or not at all; equal descriptions give equal bytes. Raises UserError if it cannot be written."""
-  content = page(found).encode('utf-8', 'replace')
-  try:
-    with outputs.new_file(out) as scratch:
-      scratch.write_bytes(content)
-  except OSError as error:
-    raise UserError(f'{os.fspath(out)}: cannot be written ({error.strerror}); choose another place.') from error
+  outputs.write_page(out, page(found))
 
 
 def page(found: Mapping) -> str:

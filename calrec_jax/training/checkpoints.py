@@ -24,7 +24,6 @@ from calrec_jax.models.decoder_config import DecoderConfig
 
 FOLDER = 'checkpoints'
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in TensorStore's messages
-COMMIT_SUCCESS_FILE = 'commit_success.txt'  # Orbax's: in a bucket, what holds it is whole
 BEST = 'best'  # after a run's folder: its best step
 VOCABULARY_FILE = 'vocabulary.json'
 T5X_DESCRIPTION_FILE = 'calrec.json'  # of a run that T5X trains
@@ -63,7 +62,7 @@ def write_params(model_dir: str | pathlib.Path, params: Any, description: dict[s
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
     checkpointer.save(folder / 'description', args=ocp.args.JsonSave(description))
   for whole in (folder / 'params', folder / 'description', folder):  # the folder may be copied to a bucket
-    (whole / COMMIT_SUCCESS_FILE).write_text('whole')
+    (whole / storage.COMMIT_SUCCESS_FILE).write_text('whole')
 
 
 class Checkpoints:
@@ -139,7 +138,7 @@ def whole_steps(model_dir: str | os.PathLike) -> list[int]:
   steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
   if not storage.is_bucket(model_dir):
     return steps
-  return [step for step in steps if (folder / str(step) / COMMIT_SUCCESS_FILE).exists()]
+  return [step for step in steps if (folder / str(step) / storage.COMMIT_SUCCESS_FILE).exists()]
 
 
 def newest_step(model_dir: str | os.PathLike) -> int | None:
@@ -164,7 +163,9 @@ def find(path: str | pathlib.Path) -> Found:
     model_dir = path
     step = newest_step(path)
     if step is None:
-      copied = f' (a step that was copied here from a folder has no {COMMIT_SUCCESS_FILE})' if storage.is_bucket(path) else ''
+      copied = ''
+      if storage.is_bucket(path):
+        copied = f' (a step that was copied here from a folder has no {storage.COMMIT_SUCCESS_FILE})'
       raise UserError(f'{path}: holds no checkpoint{copied}; give the MODEL_DIR of a run that `calrec train` has saved a step '
                       'of, or the folder of one step.')
   description = model_dir / FOLDER / str(step) / 'description' / 'metadata'

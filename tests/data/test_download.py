@@ -12,16 +12,13 @@ import pytest
 from file_server import FileServer
 
 from calrec_jax import cli
-from calrec_jax.data import amazon_releases, download, http_files
+from calrec_jax.data import amazon_releases, download
 
 PACKED = {name: gzip.compress(name.encode() * 99, mtime=0) for name in ('reviews', 'meta')}
 SMALL = {'/categoryFilesSmall/Gift_Cards_5.json.gz': PACKED['reviews'], '/metaFiles2/meta_Gift_Cards.json.gz': PACKED['meta']}
 
 
-@pytest.fixture(autouse=True)
-def no_waits(monkeypatch):
-  monkeypatch.setattr(http_files, 'FIRST_WAIT_SECONDS', 0.)
-  monkeypatch.setenv('no_proxy', '127.0.0.1')
+pytestmark = pytest.mark.usefixtures('no_waits')
 
 
 @pytest.fixture

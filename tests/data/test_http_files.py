@@ -28,10 +28,7 @@ CONTENT = gzip.compress(random.Random(0).randbytes(300_000), mtime=0)  # larger 
 OTHER = gzip.compress(random.Random(1).randbytes(280_000), mtime=0)
 
 
-@pytest.fixture(autouse=True)
-def no_waits(monkeypatch):
-  monkeypatch.setattr(http_files, 'FIRST_WAIT_SECONDS', 0.)
-  monkeypatch.setenv('no_proxy', '127.0.0.1')
+pytestmark = pytest.mark.usefixtures('no_waits')
 
 
 @pytest.fixture

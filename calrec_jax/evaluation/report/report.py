@@ -34,13 +34,8 @@ def report(runs: Sequence[str], out: str | os.PathLike, *, data: str | os.PathLi
   if out.exists():
     raise UserError(f'{out}: the output is already in use; choose another place, or remove it first.')
   found = gather(runs, data=data, n_examples=n_examples)
-  content = page(found).encode('utf-8', 'replace')
-  try:
-    with outputs.new_file(out) as scratch:
-      scratch.write_bytes(content)
-  except OSError as error:
-    raise UserError(f'{out}: cannot be written ({error.strerror}); choose another place.') from error
-  return {'out': str(out), 'bytes': len(content), 'runs': list(runs), 'methods': len(found['rows']), 'users': found['users'],
+  size = outputs.write_page(out, page(found))
+  return {'out': str(out), 'bytes': size, 'runs': list(runs), 'methods': len(found['rows']), 'users': found['users'],
           'examples': len(found['people']), 'notes': found['notes']}
 
 
