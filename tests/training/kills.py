@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from calrec_jax.training.optimizer import Optimizer
 prefetched = trainer._prefetched
 def told(*args):
   for step, batch in prefetched(*args):
-    print('step', step, flush=True)
+    os.write(1, f'step {{step}}\\n'.encode())  # at once: a kill leaves no half line
     yield step, batch
 trainer._prefetched = told
 tiny.train(pathlib.Path({store!r}), pathlib.Path({model_dir!r}), train_steps={steps},
@@ -77,7 +78,7 @@ def live(store: pathlib.Path, model_dir: pathlib.Path, steps: int, *, after: flo
       process.send_signal(signal.SIGKILL)
       killed = True
     time.sleep(0.0005)
-  begun = [int(line.split()[1]) for line in told.read_text().splitlines()]
+  begun = [int(step) for step in re.findall(r'^step (\d+)\n', told.read_text(), re.MULTILINE)]
   if not killed and process.returncode:
     raise AssertionError(f'the process failed by itself, code {process.returncode}: see {model_dir}.stderr')
   return Killed(begun, process.returncode == -signal.SIGKILL, half_written(model_dir))
