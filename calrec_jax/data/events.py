@@ -180,9 +180,9 @@ class _Log:
     self.connection.execute(f"""
         DROP TABLE raw;
         CREATE VIEW good AS SELECT * FROM parsed WHERE {_all_there(roles)};
-        CREATE TABLE users AS SELECT user AS id, row_number() OVER (ORDER BY user) - 1 AS code
+        CREATE TABLE users AS SELECT user AS id, (row_number() OVER (ORDER BY user) - 1)::INTEGER AS code
           FROM (SELECT DISTINCT user FROM good);
-        CREATE TABLE items AS SELECT item AS id, row_number() OVER (ORDER BY item) - 1 AS code
+        CREATE TABLE items AS SELECT item AS id, (row_number() OVER (ORDER BY item) - 1)::INTEGER AS code
           FROM (SELECT DISTINCT item FROM good);
         CREATE TABLE events AS SELECT good.* REPLACE (users.code AS user, items.code AS item)
           FROM good JOIN users ON user = users.id JOIN items ON item = items.id;

@@ -5,12 +5,15 @@ events(user, item, time, line) with codes; histories(user, item, time, rank). Wh
 rest stands in `line`, above the line's number, so that (time, line) orders by both.
 """
 
+from collections.abc import Iterator
+
 import duckdb
 import numpy as np
 
 from calrec_jax.data import time_order
 from calrec_jax.errors import UserError
 
+_BLOCK_ROWS = 1 << 23  # of the events, in memory at a time
 FRACTION_BITS = 40  # of a line's number, below the rest of its time
 EVENT_ORDERS = {'dump': 'time, line', 'hashed': f'time, line >> {FRACTION_BITS}, tie, line'}
 DEDUP = {'consecutive': 'consecutive ones dropped', 'none': 'kept', 'first': 'all but the first dropped'}  # as it is told
@@ -43,11 +46,39 @@ class Steps:
 def k_core(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
   """Drops users and items with fewer than `min_count` events from the table events, until all have as many.
 
-  The largest such set is unique, so the order of the droppings does not matter.
+  The largest such set is unique, so the order of the droppings does not matter. Users and items are counted in memory, events
+  are read again for each round, a block at a time: twenty rounds are the rule, and each would write the table anew in SQL.
   """
+  kept = {column: np.ones(_n_codes(connection, f'{column}s'), bool) for column in ('user', 'item')}
+  [[n_rows]] = connection.execute('SELECT coalesce(max(rowid) + 1, 0) FROM events').fetchall()
+  few = list(_blocks(connection, n_rows)) if n_rows <= _BLOCK_ROWS else None
   before = None
-  while before != (before := connection.execute('SELECT count(*) FROM events').fetchone()):
-    frequent(connection, min_count)
+  while before != (before := sum(int(codes.sum()) for codes in kept.values())):
+    counts = {column: np.zeros(len(codes), np.int64) for column, codes in kept.items()}
+    for block in few or _blocks(connection, n_rows):
+      stay = kept['user'][block['user']] & kept['item'][block['item']]
+      for column, count in counts.items():
+        count += np.bincount(block[column][stay], minlength=len(count))
+    for column, count in counts.items():
+      kept[column] &= count >= min_count
+  conditions = []
+  for column, codes in kept.items():
+    connection.register(f'kept_{column}s', {'code': np.flatnonzero(codes)})
+    conditions.append(f'{column} IN (SELECT code FROM kept_{column}s)')
+  connection.execute(f'CREATE OR REPLACE TABLE events AS SELECT * FROM events WHERE {" AND ".join(conditions)}')
+  for column in kept:
+    connection.unregister(f'kept_{column}s')
+
+
+def _n_codes(connection: duckdb.DuckDBPyConnection, table: str) -> int:
+  return connection.execute(f'SELECT coalesce(max(code) + 1, 0) FROM {table}').fetchone()[0]
+
+
+def _blocks(connection: duckdb.DuckDBPyConnection, n_rows: int) -> Iterator[dict[str, np.ndarray]]:
+  """The codes of the table events, 'user' and 'item', so many rows at a time."""
+  for begin in range(0, n_rows, _BLOCK_ROWS):
+    yield connection.execute(f'SELECT user, item FROM events WHERE rowid >= {begin} AND rowid < {begin + _BLOCK_ROWS}'
+                             ).fetchnumpy()
 
 
 def frequent(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:

@@ -28,6 +28,7 @@ from calrec_jax.errors import UserError
 FIELDS = describe.FIELDS
 FORMAT = 1
 _HELD_OUT = {'train': 2, 'validation': 1, 'test': 0}  # of leave-one-out: events at a history's end (method: Data)
+_BLOCK_USERS = 1 << 14  # whose events are Python's objects at a time, while they are written
 _SUFFIXES = ('.jsonl.gz', '.jsonl', '.parquet')
 
 
@@ -193,11 +194,15 @@ def write(scratch: str | os.PathLike, histories: Histories, description: dict) -
 
 
 def _sequence_rows(histories: Histories) -> Iterator[dict]:
-  for user, user_id in enumerate(histories.user_ids):
-    row = {'user_id': user_id, 'item_ids': [histories.item_ids[item] for item in histories.history(user)]}
-    if histories.timestamps is not None:
-      row['timestamps'] = histories.timestamps[histories.offsets[user]:histories.offsets[user + 1]].tolist()
-    yield row
+  ids, offsets = np.array(histories.item_ids, object), histories.offsets.tolist()
+  for first in range(0, len(histories.user_ids), _BLOCK_USERS):
+    users = histories.user_ids[first:first + _BLOCK_USERS]
+    begin, end = offsets[first], offsets[first + len(users)]
+    item_ids = ids[histories.events[begin:end]].tolist()
+    times = None if histories.timestamps is None else histories.timestamps[begin:end].tolist()
+    for user, user_id in enumerate(users, start=first):
+      history = slice(offsets[user] - begin, offsets[user + 1] - begin)
+      yield {'user_id': user_id, 'item_ids': item_ids[history]} | ({} if times is None else {'timestamps': times[history]})
 
 
 def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str, out: str | os.PathLike,

@@ -2,21 +2,26 @@
 
 import codecs
 import dataclasses
-import functools
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
+from typing import BinaryIO
 
 import tqdm
+from isal import igzip, isal_zlib
 
 from calrec_jax.errors import UserError
 
 MAX_LINE_BYTES = 1 << 26  # so that no file, however it was packed, takes the memory that it likes
 _CHUNK_BYTES = 1 << 20
+_BLOCK_LINES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +77,13 @@ def file_at(path: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def _is_gzipped(path: pathlib.Path) -> bool:
-  with path.open('rb') as file:
-    magic = file.read(2)
+def is_gzipped(path: pathlib.Path) -> bool:
+  """Whether a file is gzip, by its content. Raises UserError if it is not, but is named so, or if it cannot be read."""
+  try:
+    with path.open('rb') as file:
+      magic = file.read(2)
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
   if magic != b'\x1f\x8b' and path.suffix == '.gz':
     raise UserError(f'{path}: is not gzip, although its name ends in .gz; download it again, or take .gz off its name.')
   return magic == b'\x1f\x8b'
@@ -101,47 +110,85 @@ def inspect(path: str | os.PathLike, *, progress: bool = True) -> Source:
   Raises:
     UserError: the file is missing or unreadable, a .gz that is not gzip, a truncated or damaged one, or as `lines` says.
   """
-  path = file_at(path)
-  try:
-    gzipped = _is_gzipped(path)
-  except OSError as error:
-    raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
-  sha256 = digest(path, progress=progress)
-  n_lines = sum(1 for _ in lines(path, gzipped=gzipped, progress=progress))
-  return Source(path, sha256, n_lines, gzipped)
+  path, sha256 = file_at(path), hashlib.sha256()
+  n_lines = sum(n_filled for _, n_filled in blocks(path, sha256=sha256, progress=progress))
+  return Source(path, sha256.hexdigest(), n_lines, is_gzipped(path))
 
 
-def lines(path: str | os.PathLike, *, gzipped: bool | None = None, progress: bool = True
-          ) -> Iterator[tuple[int, bytes]]:
-  """Yields (number from 1, line) of each line that holds more than white space; only \\n ends a line.
+def blocks(path: str | os.PathLike, *, sha256: object = None, progress: bool = True) -> Iterator[tuple[bytes, int]]:
+  """Yields a file, unpacked, in blocks of whole lines: (text, how many of its lines hold more than white space).
 
-  A byte order mark of UTF-8 is left out. Raises UserError as `inspect` does, for UTF-16, and for a line of more than
-  `MAX_LINE_BYTES`, of which no more is read.
+  A byte order mark of UTF-8 is left out.
+
+  Args:
+    path: of the file.
+    sha256: takes the bytes as stored, if given.
+    progress: whether to show progress on stderr.
+
+  Raises:
+    UserError: as `inspect`, for UTF-16, and for a line of more than `MAX_LINE_BYTES`, of which little more is read.
   """
   path = file_at(path)
-  gzipped = _is_gzipped(path) if gzipped is None else gzipped
+  gzipped = is_gzipped(path)
+  number, rest = 0, b''  # lines before, and the beginning of the next
   try:
-    with gzip.open(path) if gzipped else path.open('rb') as file:
-      read = iter(functools.partial(file.readline, MAX_LINE_BYTES + 1), b'')
-      numbered = tqdm.tqdm(read, unit=' lines', unit_scale=True, delay=1, leave=False, desc=f'reading {path.name}',
-                           disable=not progress)
-      for number, line in enumerate(numbered, start=1):
-        if number == 1:
-          line = _without_mark(path, line)
-        if len(line) > MAX_LINE_BYTES:
-          raise UserError(f'{path}: line {number}: longer than {MAX_LINE_BYTES >> 20} MiB; repair the file, or give another.')
-        if line and not line.isspace():
-          yield number, line
-  except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    with path.open('rb') as raw, tqdm.tqdm(total=path.stat().st_size, unit='B', unit_scale=True, delay=1, leave=False,
+                                           desc=f'reading {path.name}', disable=not progress) as bar:
+      stored = _Stored(raw, sha256, bar)
+      file = igzip.IGzipFile(fileobj=stored, mode='rb') if gzipped else stored
+      while chunk := file.read(_CHUNK_BYTES):
+        end = chunk.rfind(b'\n') + 1
+        block = rest + chunk[:end] if end else b''
+        if (block.index(b'\n') if end else len(rest) + len(chunk)) > MAX_LINE_BYTES:
+          raise UserError(f'{path}: line {number + 1}: longer than {MAX_LINE_BYTES >> 20} MiB; repair the file, or give '
+                          'another.')
+        rest = chunk[end:] if end else rest + chunk
+        if end:
+          block = block if number else _without_mark(path, block)
+          found = io.BytesIO(block).readlines()
+          yield block, len(found) - sum(map(bytes.isspace, found))
+          number += len(found)
+    if rest:
+      rest = rest if number else _without_mark(path, rest)
+      yield rest, int(rest != b'' and not rest.isspace())
+  except (EOFError, zlib.error, isal_zlib.error, gzip.BadGzipFile) as error:
     raise UserError(f'{path}: is truncated or damaged ({error}); download or copy it again.') from error
   except OSError as error:
     raise UserError(f'{path}: cannot be read ({error.strerror}).') from error
 
 
-def _without_mark(path: pathlib.Path, line: bytes) -> bytes:
-  if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+class _Stored(io.RawIOBase):
+  """A file's bytes as stored; those that are read count in a digest, if there is one, and in a bar."""
+
+  def __init__(self, file: BinaryIO, sha256: object, bar: tqdm.tqdm):
+    self._file, self._sha256, self._bar = file, sha256, bar
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: memoryview) -> int:
+    count = self._file.readinto(buffer)
+    if self._sha256 is not None:
+      self._sha256.update(memoryview(buffer)[:count])
+    self._bar.update(count)
+    return count
+
+
+def lines(path: str | os.PathLike, *, progress: bool = True) -> Iterator[tuple[int, bytes]]:
+  """Yields (number from 1, line) of each line that holds more than white space; only \\n ends a line.
+
+  Raises UserError as `blocks` does.
+  """
+  every = itertools.chain.from_iterable(io.BytesIO(block) for block, _ in blocks(path, progress=progress))
+  for number, line in enumerate(every, start=1):
+    if not line.isspace():
+      yield number, line
+
+
+def _without_mark(path: pathlib.Path, block: bytes) -> bytes:
+  if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
     raise UserError(f'{path}: is text in UTF-16; save it as UTF-8.')
-  return line.removeprefix(codecs.BOM_UTF8)
+  return block.removeprefix(codecs.BOM_UTF8)
 
 
 def objects(path: str | os.PathLike, bad: BadLines, *, read: Callable[[bytes], object] = json.loads, progress: bool = True
@@ -164,6 +211,11 @@ def objects(path: str | os.PathLike, bad: BadLines, *, read: Callable[[bytes], o
 
 def write(path: pathlib.Path, rows: Iterable[Mapping], *, ensure_ascii: bool = False) -> None:
   """Writes gzipped JSON lines, without name and time in the file: equal rows give equal bytes."""
-  with path.open('wb') as raw, gzip.GzipFile(filename='', fileobj=raw, mode='wb', compresslevel=6, mtime=0) as file:
-    for row in rows:
-      file.write(json.dumps(row, ensure_ascii=ensure_ascii).encode() + b'\n')
+  lines = (json.dumps(row, ensure_ascii=ensure_ascii).encode() + b'\n' for row in rows)
+  with (path.open('wb') as raw, gzip.GzipFile(filename='', fileobj=raw, mode='wb', compresslevel=6, mtime=0) as file,
+        futures.ThreadPoolExecutor(1) as pool):
+    packed = pool.submit(file.write, b'')
+    while block := b''.join(itertools.islice(lines, _BLOCK_LINES)):  # made while the one before is packed
+      packed.result()
+      packed = pool.submit(file.write, block)
+    packed.result()

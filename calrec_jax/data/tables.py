@@ -195,7 +195,7 @@ def _encoding(table: Table) -> str:
   if not table.layout.latin_1:
     return 'utf-8'
   try:
-    for _, line in json_lines.lines(table.path, gzipped=table.source.gzipped, progress=False):
+    for _, line in json_lines.lines(table.path, progress=False):
       line.decode()
   except UnicodeDecodeError:
     return 'latin-1'
