@@ -45,7 +45,7 @@ EXTRAS = {
             'jestimator @ git+https://github.com/google-research/jestimator@326824a477feef6d92e6f44175000907a72899ca',
             'chex>=0.1.92', 'fiddle>=0.3.1', 'cached_property>=2.0', 'jaxtyping>=0.3.11', 'grain>=0.2.18'],
     'bench': ['torch>=2.9', 'transformers>=5.0', 'accelerate>=1.0', 'gguf>=0.17', 'rank_bm25>=0.2.2', 'bm25s>=0.3',
-              'numba>=0.60'],
+              'numba>=0.60', 'pandas>=2.2'],
     # torch and transformers are the other side of the parity tests; transformers reads GGUF files with accelerate only.
     # jax[tpu] brings libtpu, which compiles for TPUs.
     'dev': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'hypothesis>=6.100', 'ranx>=0.3.21', 'bm25s>=0.3',

@@ -46,19 +46,22 @@ class Steps:
 def k_core(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
   """Drops users and items with fewer than `min_count` events from the table events, until all have as many.
 
-  The largest such set is unique, so the order of the droppings does not matter. Users and items are counted in memory, events
-  are read again for each round, a block at a time: twenty rounds are the rule, and each would write the table anew in SQL.
+  The largest such set is unique, so the order of the droppings does not matter. Users and items are counted in memory; more
+  than a block of events is read again for each round. Twenty rounds are the rule, and in SQL each would write the table anew.
   """
   kept = {column: np.ones(_n_codes(connection, f'{column}s'), bool) for column in ('user', 'item')}
   [[n_rows]] = connection.execute('SELECT coalesce(max(rowid) + 1, 0) FROM events').fetchall()
-  few = list(_blocks(connection, n_rows)) if n_rows <= _BLOCK_ROWS else None
+  blocks = list(_blocks(connection, n_rows)) if n_rows <= _BLOCK_ROWS else None
   before = None
   while before != (before := sum(int(codes.sum()) for codes in kept.values())):
     counts = {column: np.zeros(len(codes), np.int64) for column, codes in kept.items()}
-    for block in few or _blocks(connection, n_rows):
+    for number, block in enumerate(blocks or _blocks(connection, n_rows)):
       stay = kept['user'][block['user']] & kept['item'][block['item']]
+      block = {column: codes[stay] for column, codes in block.items()}
       for column, count in counts.items():
-        count += np.bincount(block[column][stay], minlength=len(count))
+        count += np.bincount(block[column], minlength=len(count))
+      if blocks:
+        blocks[number] = block
     for column, count in counts.items():
       kept[column] &= count >= min_count
   conditions = []

@@ -178,7 +178,7 @@ def write(scratch: str | os.PathLike, histories: Histories, description: dict) -
     The description as stored: with format, name, statistics and fingerprint.
   """
   scratch = pathlib.Path(scratch)
-  json_lines.write(scratch / 'sequences.jsonl.gz', _sequence_rows(histories))
+  json_lines.write_texts(scratch / 'sequences.jsonl.gz', _sequence_lines(histories))
   json_lines.write(scratch / 'items.jsonl.gz', ({'item_id': item_id, **{field: item[field] for field in FIELDS}}
                                             for item_id, item in zip(histories.item_ids, histories.items, strict=True)))
   description = {
@@ -193,16 +193,19 @@ def write(scratch: str | os.PathLike, histories: Histories, description: dict) -
   return description
 
 
-def _sequence_rows(histories: Histories) -> Iterator[dict]:
-  ids, offsets = np.array(histories.item_ids, object), histories.offsets.tolist()
+def _sequence_lines(histories: Histories) -> Iterator[str]:
+  """JSON as `json.dumps` writes it, without quoting an item's id anew for each event."""
+  quote = functools.partial(json.dumps, ensure_ascii=False)
+  ids, offsets = np.array([quote(item_id) for item_id in histories.item_ids], object), histories.offsets.tolist()
   for first in range(0, len(histories.user_ids), _BLOCK_USERS):
     users = histories.user_ids[first:first + _BLOCK_USERS]
     begin, end = offsets[first], offsets[first + len(users)]
-    item_ids = ids[histories.events[begin:end]].tolist()
+    items = ids[histories.events[begin:end]].tolist()
     times = None if histories.timestamps is None else histories.timestamps[begin:end].tolist()
     for user, user_id in enumerate(users, start=first):
       history = slice(offsets[user] - begin, offsets[user + 1] - begin)
-      yield {'user_id': user_id, 'item_ids': item_ids[history]} | ({} if times is None else {'timestamps': times[history]})
+      more = '' if times is None else f', "timestamps": {times[history]}'
+      yield f'{{"user_id": {quote(user_id)}, "item_ids": [{", ".join(items[history])}]{more}}}'
 
 
 def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str, out: str | os.PathLike,

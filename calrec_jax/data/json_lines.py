@@ -211,7 +211,12 @@ def objects(path: str | os.PathLike, bad: BadLines, *, read: Callable[[bytes], o
 
 def write(path: pathlib.Path, rows: Iterable[Mapping], *, ensure_ascii: bool = False) -> None:
   """Writes gzipped JSON lines, without name and time in the file: equal rows give equal bytes."""
-  lines = (json.dumps(row, ensure_ascii=ensure_ascii).encode() + b'\n' for row in rows)
+  write_texts(path, (json.dumps(row, ensure_ascii=ensure_ascii) for row in rows))
+
+
+def write_texts(path: pathlib.Path, texts: Iterable[str]) -> None:
+  """Writes gzipped lines of texts that are JSON already; see `write`."""
+  lines = (text.encode() + b'\n' for text in texts)
   with (path.open('wb') as raw, gzip.GzipFile(filename='', fileobj=raw, mode='wb', compresslevel=6, mtime=0) as file,
         futures.ThreadPoolExecutor(1) as pool):
     packed = pool.submit(file.write, b'')

@@ -8,6 +8,7 @@ import os
 import pathlib
 import tempfile
 
+import duckdb
 import hypothesis
 import numpy as np
 import pytest
@@ -206,6 +207,61 @@ def test_a_file_read_in_python_gives_what_duckdb_reads(tmp_path, monkeypatch):
   monkeypatch.setattr(dump_tables.Dumps, '_count_good', lambda *_: -1)
   prints += [amazon.prepare_dumps([reviews], [meta], name='x', out=tmp_path / 'python')['fingerprint']]
   assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize('value', [
+    '1e9', '1400000000.0', '-0', '-5', '0', '"1400000000"', 'true', 'null', '9223372036854775807', '9223372036854775808',
+    '99999999999', '[1]', '{}'])
+def test_a_time_counts_if_it_is_a_whole_number_to_python(tmp_path, value):
+  """DuckDB reads texts of numbers; what it does not take as such, Python judges."""
+  check_odd_line(tmp_path, f'{{"reviewerID": "U1", "asin": "B1", "unixReviewTime": {value}}}')
+
+
+@pytest.mark.parametrize('value', [
+    r'"a\"b"', r'"\\"', r'"\u00e9"', r'"\u0000"', r'"\ud83d\ude00"', r'"\ud83d"', '""', '" "', '"é"', '1', 'true', 'null',
+    '["a"]', '"\'; DROP"', r'"a\/b"', r'"\n"', '"null"', '"٣"'])
+def test_an_id_counts_if_it_is_a_text_to_python(tmp_path, value):
+  check_odd_line(tmp_path, f'{{"reviewerID": {value}, "asin": "B1", "unixReviewTime": 1}}')
+
+
+def check_odd_line(tmp_path, line):
+  """Whether the line counts, and as what, is decided as by Python alone."""
+  path = tmp_path / 'x.json'
+  path.write_text(line + '\n{"reviewerID": "U", "asin": "B", "unixReviewTime": 1}\n', encoding='utf-8')
+  found = []
+  for in_python in (False, True):
+    with pytest.MonkeyPatch.context() as patch:
+      if in_python:
+        patch.setattr(dump_tables.Dumps, '_count_good', lambda *_: -1)
+      try:
+        amazon.prepare_dumps([path], name='x', out=tmp_path / str(in_python), min_count=0, min_length=1, max_bad_lines=1)
+        found.append(as_plain(histories.load(tmp_path / str(in_python))))
+      except UserError as error:
+        found.append(str(error))
+  assert found[0] == found[1]
+
+
+@pytest.mark.parametrize('rows', [1, 100, 1 << 23])
+def test_the_k_core_is_that_of_counters_however_it_is_read(monkeypatch, rows):
+  monkeypatch.setattr(filtering, '_BLOCK_ROWS', rows)
+  rng = np.random.default_rng(0)
+  events = [(int(user), int(item)) for user, item in zip(60 * rng.random(400) ** 2, 50 * rng.random(400) ** 2, strict=True)]
+  with duckdb.connect() as connection:
+    connection.execute('CREATE TABLE users AS SELECT range::INTEGER AS code FROM range(60)')
+    connection.execute('CREATE TABLE items AS SELECT range::INTEGER AS code FROM range(50)')
+    connection.execute('CREATE TABLE events (user INTEGER, item INTEGER)')
+    connection.executemany('INSERT INTO events VALUES (?, ?)', [(0, 0)] * 3 + events)
+    connection.execute('DELETE FROM events WHERE rowid < 3')
+    filtering.k_core(connection, 5)
+    found = connection.execute('SELECT * FROM events').fetchall()
+  rounds = 0
+  while True:
+    users, items = (collections.Counter(event[place] for event in events) for place in (0, 1))
+    kept = [(user, item) for user, item in events if users[user] >= 5 and items[item] >= 5]
+    if kept == events:
+      break
+    events, rounds = kept, rounds + 1
+  assert found == events and rounds > 2 and events
 
 
 # Items.

@@ -2,8 +2,13 @@
 
 import gzip
 import hashlib
+import json
+import pathlib
+import tempfile
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
 from calrec_jax.data import json_lines
 from calrec_jax.errors import UserError
@@ -30,6 +35,47 @@ def test_line_numbers_count_blank_lines_however_the_file_is_stored(tmp_path, nam
 def test_only_a_line_feed_ends_a_line(tmp_path):
   (tmp_path / 'x').write_text('{"a": "1\u2028\x85"}\n{"a": 2}\n', encoding='utf-8')
   assert [number for number, _ in numbers(tmp_path / 'x')] == [1, 2]
+
+
+@hypothesis.given(lines=strategies.lists(strategies.sampled_from(
+    [b'', b' ', b'\r', b'\t\x0b\x0c', b'{}', b' {}', b'x' * 30, b'\xef\xbb\xbf', b'\0', b'\x85', b'\x1c'])),
+                  ends=strategies.booleans(), gzipped=strategies.booleans(), chunk=strategies.integers(1, 40))
+def test_any_lines_are_those_between_line_feeds_however_they_are_read(lines, ends, gzipped, chunk):
+  content = b'\n'.join(lines) + b'\n' * ends
+  expected = [(number, line) for number, line in enumerate(content.removeprefix(b'\xef\xbb\xbf').split(b'\n'), start=1)
+              if line.strip(b' \t\n\r\x0b\x0c')]
+  with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    patch.setattr(json_lines, '_CHUNK_BYTES', chunk)
+    path = pathlib.Path(folder, 'x')
+    path.write_bytes(gzip.compress(content) if gzipped else content)
+    assert [(number, line.removesuffix(b'\n')) for number, line in json_lines.lines(path)] == expected
+    assert json_lines.inspect(path).lines == len(expected)
+    assert b''.join(block for block, _ in json_lines.blocks(path)) == content.removeprefix(b'\xef\xbb\xbf')
+
+
+@pytest.mark.parametrize('chunk', [3, 7, 100])
+def test_a_line_too_long_is_named_wherever_it_stands(tmp_path, monkeypatch, chunk):
+  monkeypatch.setattr(json_lines, 'MAX_LINE_BYTES', 100)
+  monkeypatch.setattr(json_lines, '_CHUNK_BYTES', chunk)
+  path = tmp_path / 'x'
+  path.write_bytes(b'a\n\n' + b'b' * 99 + b'\n')
+  assert [number for number, _ in json_lines.lines(path)] == [1, 3]
+  for content in (b'a\n\n' + b'b' * 101 + b'\nc\n', b'a\n\n' + b'b' * 101):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='line 3: longer than'):
+      list(json_lines.lines(path))
+
+
+def test_many_lines_are_written_as_one_write_would(tmp_path, monkeypatch):
+  rows = [{'a': number, 'b': 'é' * (number % 50)} for number in range(1000)]
+  text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+  prints = []
+  for lines in (1, 7, 4096):
+    monkeypatch.setattr(json_lines, '_BLOCK_LINES', lines)
+    json_lines.write(tmp_path / 'x.gz', rows)
+    prints.append((tmp_path / 'x.gz').read_bytes())
+  assert gzip.decompress(prints[0]).decode() == text
+  assert prints[0] == prints[1] == prints[2] and len(prints[0]) < len(text) / 10
 
 
 @pytest.mark.parametrize('line, what', [
