@@ -5,6 +5,7 @@ A few pieces of each file lie on the disk at a time, and none in memory.
 
 import contextlib
 import hashlib
+import itertools
 import pathlib
 import queue
 import tempfile
@@ -53,7 +54,7 @@ class Unpacking:
     piece = self._folder / 'whole'
     piece.symlink_to(self.path.absolute())  # a name that is no pattern for what reads it
     self._hand_over(piece)
-    return sum(n_filled for _, n_filled in blocks)
+    return sum(n_filled for _, n_filled in itertools.takewhile(lambda _: not self._stopped.is_set(), blocks))
 
   def _write(self, blocks: Iterator[tuple[bytes, int]]) -> int:
     n_lines, number, block = 0, 0, next(blocks, None)
