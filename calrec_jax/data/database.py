@@ -31,7 +31,7 @@ def connect(folder: str | os.PathLike, *, threads: int | None = None, memory_lim
     raise UserError(f'--memory_limit {memory_limit}: write a size such as 2GB or 500MB.')
   given = {name: value for name, value in (('threads', threads), ('memory_limit', memory_limit)) if value is not None}
   with _new_folder(folder) as work, _told(work), duckdb.connect(work / 'events.duckdb', config=given) as connection:
-    connection.execute("SET preserve_insertion_order = true; SET TimeZone = 'UTC'")
+    connection.execute("SET preserve_insertion_order = true; SET TimeZone = 'UTC'; SET enable_progress_bar = false")
     yield connection, work
 
 
