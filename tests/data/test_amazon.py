@@ -241,7 +241,7 @@ def check_odd_line(tmp_path, line):
   assert found[0] == found[1]
 
 
-@pytest.mark.parametrize('rows', [1, 100, 1 << 23])
+@pytest.mark.parametrize('rows', [1, 100, 1 << 25])
 def test_the_k_core_is_that_of_counters_however_it_is_read(monkeypatch, rows):
   monkeypatch.setattr(filtering, '_BLOCK_ROWS', rows)
   rng = np.random.default_rng(0)
