@@ -41,6 +41,18 @@ def parse_item_columns(words: Sequence[str]) -> dict[str, str]:
   return found
 
 
+def of_events(columns: Sequence[str], where: str, given: Mapping[str, str], *, rated: bool) -> dict[str, str]:
+  """The columns of an events table: `user`, `item`, `time`, and, if `rated`, `rating`. Arguments and errors as `find`."""
+  needed = [role for role in EVENT_NAMES if role != 'rating' or rated]
+  return find(columns, where, {role: EVENT_NAMES[role] for role in needed},
+              {role: column for role, column in given.items() if role in needed}, needed=needed, flag='--{role}_column')
+
+
+def of_items(columns: Sequence[str], where: str, given: Mapping[str, str]) -> dict[str, str]:
+  """The columns of an items table: `item_id`, `title`, and the others that are there. Arguments and errors as `find`."""
+  return find(columns, where, ITEM_NAMES, given, needed=('item_id', 'title'), flag='--item_columns {role}=COLUMN')
+
+
 def find(columns: Sequence[str], where: str, names: Mapping[str, Sequence[str]], given: Mapping[str, str], *,
          needed: Sequence[str], flag: str) -> dict[str, str]:
   """The column of each role that has one.

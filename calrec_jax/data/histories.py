@@ -13,10 +13,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import duckdb
 import numpy as np
@@ -29,6 +30,7 @@ FIELDS = describe.FIELDS
 FORMAT = 1
 _HELD_OUT = {'train': 2, 'validation': 1, 'test': 0}  # of leave-one-out: events at a history's end (method: Data)
 _SUFFIXES = ('.jsonl.gz', '.jsonl', '.parquet')
+_WRITTEN = {'dataset.json', 'items.jsonl.gz', 'sequences.jsonl.gz'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,34 @@ def write(scratch: str | os.PathLike, histories: Histories, description: dict) -
   return description
 
 
+def made_before(out: str | os.PathLike, sources: Sequence[str | os.PathLike], *, name: str, options: Mapping[str, object],
+                agrees: Callable[[dict], bool] = lambda description: True, progress: bool = True) -> dict | None:
+  """The description of the data set in `out`, if these files and options made it, which is logged; None else.
+
+  Args:
+    out: where the data set would be written; nothing need be there.
+    sources: the files in the order in which they are read; their bytes count, not their names.
+    name: of the data set.
+    options: as dataset.json would hold them.
+    agrees: whether the rest of a description that decides is what it would be; asked if all else is.
+    progress: whether to show progress on stderr.
+
+  Raises:
+    UserError: a source is missing, or cannot be read.
+  """
+  if not _WRITTEN <= set(storage.names(out)):
+    return None
+  found = outputs.read_object(storage.local(out, files=['dataset.json']) / 'dataset.json')
+  if (found.get('format'), found.get('name'), found.get('options')) != (FORMAT, name, dict(options)):
+    return None
+  made = [source.get('sha256') for source in found.get('sources', [])]
+  if len(made) != len(sources) or not all(digest == json_lines.digest(storage.local(path), progress=progress)
+                                          for digest, path in zip(made, sources, strict=True)) or not agrees(found):
+    return None
+  logging.info('%s: already made of these files by these rules; nothing is done.', os.fspath(out))
+  return found
+
+
 def _sequence_rows(histories: Histories) -> Iterator[dict]:
   for user, user_id in enumerate(histories.user_ids):
     row = {'user_id': user_id, 'item_ids': [histories.item_ids[item] for item in histories.history(user)]}
@@ -207,7 +237,7 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
 
   The histories are taken as they are: in the file's order of users, repeats kept, an item in no history kept. Texts are only
   made one line of plain text (`cleaning.plain_text`: entities, white space); tags in them stay. A category may be a text or a
-  list of levels, which are joined with ', '.
+  list of levels, which are joined with ', '. Where `out` is what these files and options make, nothing is done (`made_before`).
 
   Args:
     sequences: JSON lines (gzipped or not) or .parquet, as in this module's docstring.
@@ -228,6 +258,9 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
   """
   check_name(name)
   time_order.check_options(ties, split)
+  options = {'min_length': min_length, 'max_bad_lines': max_bad_lines, 'ties': ties, 'split': split, 'repeats': 'kept'}
+  if known := made_before(out, [sequences, items], name=name, options=options, progress=progress):
+    return known
   with outputs.new_folder(out) as scratch:
     sequences, items = storage.local(sequences), storage.local(items)
     bad_items = json_lines.BadLines(items, max_bad_lines)
@@ -243,7 +276,7 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
     kept = {'events': len(histories.events), 'users': len(histories.user_ids), 'items': len(item_ids)}
     description = {
         'sources': [_source(path, progress=progress) for path in (sequences, items)],
-        'options': {'min_length': min_length, 'max_bad_lines': max_bad_lines, 'ties': ties, 'split': split, 'repeats': 'kept'},
+        'options': options,
         'steps': [
             {'step': 'read', 'dropped': 0, 'events': kept['events'] + reader.short_events,
              'users': kept['users'] + reader.short_users, 'items': len(item_ids)},

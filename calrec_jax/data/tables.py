@@ -56,29 +56,51 @@ def inspect(path: str | os.PathLike, *, progress: bool = True) -> Table:
     UserError: the file is missing, a folder, damaged, empty, or nothing that can be read as a table.
   """
   path = storage.local(path)
+  parquet = _is_parquet(path)
+  source = json_lines.inspect(path, progress=progress)
+  columns, layout = _recognise(path, parquet, source.gzipped)
+  if parquet:
+    count = duckdb.execute(f'SELECT count(*) FROM read_parquet({_literal(path)})').fetchone()[0]
+    return Table(dataclasses.replace(source, lines=count), columns, parquet=True)
+  if not source.lines:
+    raise UserError(f'{path}: is empty.')
+  return Table(source, columns, layout)
+
+
+def column_names(path: str | os.PathLike) -> tuple[str, ...]:
+  """The names of a table's columns, for which no more is read than is needed. Raises UserError as `inspect` does."""
+  path = storage.local(path)
+  parquet = _is_parquet(path)
+  with path.open('rb') as file:
+    gzipped = file.read(2) == b'\x1f\x8b'
+  return _recognise(path, parquet, gzipped)[0]
+
+
+def _is_parquet(path: pathlib.Path) -> bool:
+  """Whether a file is Parquet. Raises UserError: its name alone says so, or there is no such file."""
   with json_lines.file_at(path).open('rb') as file:
     parquet = file.read(4) == b'PAR1'
   if path.suffix == '.parquet' and not parquet:
     raise UserError(f'{path}: is no Parquet file, although its name says so; write it anew, or name it for what it is.')
-  source = json_lines.inspect(path, progress=progress)
+  return parquet
+
+
+def _recognise(path: pathlib.Path, parquet: bool, gzipped: bool) -> tuple[tuple[str, ...], layouts.Layout | None]:
+  """The names of a table's columns, and the layout of a table of text. Raises UserError."""
   if parquet:
     try:
-      rows = duckdb.execute(f'DESCRIBE FROM read_parquet({_literal(path)})').fetchall()
-      count = duckdb.execute(f'SELECT count(*) FROM read_parquet({_literal(path)})').fetchone()[0]
+      return tuple(row[0] for row in duckdb.execute(f'DESCRIBE FROM read_parquet({_literal(path)})').fetchall()), None
     except duckdb.Error as error:
       raise UserError(f'{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); write it anew.') from error
-    return Table(dataclasses.replace(source, lines=count), tuple(row[0] for row in rows), parquet=True)
-  with gzip.open(path) if source.gzipped else path.open('rb') as file:
+  with gzip.open(path) if gzipped else path.open('rb') as file:
     head = file.read(_HEAD_BYTES)
-  foreign = next((what for magic, what in _FOREIGN if head.startswith(magic)), None)
-  if foreign or not source.lines:
-    raise UserError(f'{path}: is {foreign}.' if foreign else f'{path}: is empty.')
+  if foreign := next((what for magic, what in _FOREIGN if head.startswith(magic)), None):
+    raise UserError(f'{path}: is {foreign}.')
   text = head.decode('utf-8-sig', errors='replace').lstrip('\r\n')
   if text.lstrip().startswith('{'):
-    return Table(source, _keys(path))
-  name = path.name.removesuffix('.gz')
-  layout = layouts.recognise(text, tabs=name.endswith(('.tsv', '.tab')))
-  return Table(source, layout.columns + tuple(layout.flags), layout)
+    return _keys(path), None
+  layout = layouts.recognise(text, tabs=path.name.removesuffix('.gz').endswith(('.tsv', '.tab')))
+  return layout.columns + tuple(layout.flags), layout
 
 
 def load(connection: duckdb.DuckDBPyConnection, table: Table, columns: Sequence[tuple[str, str]], into: str, *,

@@ -244,7 +244,7 @@ def test_an_output_in_use_is_left_alone(tmp_path):
   prepare(tmp_path)
   before = (tmp_path / 'out/dataset.json').read_bytes()
   with pytest.raises(UserError, match='already in use'):
-    prepare(tmp_path)
+    prepare(tmp_path, min_length=2)
   assert (tmp_path / 'out/dataset.json').read_bytes() == before
 
 
