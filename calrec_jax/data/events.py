@@ -103,6 +103,7 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
       steps = _filter(connection, min_count=min_count, min_rating=min_rating, min_length=min_length, dedup=dedup, ties=ties,
                       without_texts=shop.without_texts(connection) if unknown_items == 'drop' else [])
       bar.update()
+      similar = filtering.similar_ids(connection)
       arrays = filtering.arrays(connection)
       timestamps = arrays['timestamps'] // _NANOSECONDS
       item_ids, numbers = shop.checked_ids(arrays['item_ids'], refuse=unknown_items == 'refuse', all_items=all_items)
@@ -116,6 +117,7 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
         'options': options,
         'steps': steps,
         'bad_lines': log.n_bad,
+        **({'similar_ids': similar} if any(similar.values()) else {}),
         'metadata': {'lines': log.tables[-1].source.lines, 'repeated_lines': shop.n_repeated,
                      'items_without': sum(item_id not in shop.texts for item_id in item_ids)},
     })

@@ -23,7 +23,7 @@ import duckdb
 import numpy as np
 
 from calrec_jax import outputs, storage
-from calrec_jax.data import cleaning, describe, json_lines, time_order
+from calrec_jax.data import cleaning, describe, json_lines, similar_ids, time_order
 from calrec_jax.errors import UserError
 
 FIELDS = describe.FIELDS
@@ -273,6 +273,7 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
       histories = _in_hashed_order(histories)
     if split == 'time':
       histories = dataclasses.replace(histories, cutoffs=time_order.cutoffs(histories.timestamps, name))
+    similar = similar_ids.counts(histories.user_ids, histories.item_ids)
     kept = {'events': len(histories.events), 'users': len(histories.user_ids), 'items': len(item_ids)}
     description = {
         'sources': [_source(path, progress=progress) for path in (sequences, items)],
@@ -283,6 +284,7 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
             {'step': f'histories shorter than {min_length}', 'dropped': reader.short_events, **kept},
         ],
         'bad_lines': {'sequences': bad_sequences.count, 'items': bad_items.count},
+        **({'similar_ids': similar} if any(similar.values()) else {}),
     }
     return write(scratch, histories, description)
 

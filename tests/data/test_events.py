@@ -286,7 +286,10 @@ def test_a_repeated_item_is_refused_unless_it_is_the_same(tmp_path):
 
 def test_ids_are_kept_apart_by_case_and_blanks(tmp_path):
   rows = [{'user': user, 'item': 'i0', 'time': 1_600_000_000} for user in ('ann', 'Ann', ' ann', 'ann ', 'a nn')]
-  assert prepare(tmp_path, rows)['statistics']['users'] == 5
+  description = prepare(tmp_path, rows)
+  assert description['statistics']['users'] == 5 and description['similar_ids'] == {'users': 5, 'items': 0}
+  assert '5 users differ from another one only by case or blanks' in describe.format_description(description)
+  assert 'similar_ids' not in prepare(tmp_path, out='others')
 
 
 def test_attributes_of_json_and_parquet_are_those_of_ready_sequences(tmp_path):

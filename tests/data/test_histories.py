@@ -181,6 +181,16 @@ def test_whole_numbers_serve_as_ids(tmp_path):
   assert (data.user_ids, data.item_ids, data.items[0]['title'], data.timestamps) == (['7'], ['1', '2'], '5', None)
 
 
+def test_ids_that_differ_by_case_or_blanks_are_different_and_told(tmp_path):
+  rows = [{'user_id': user, 'item_ids': ['a', 'A', ' a', 'b']} for user in ('ann', 'Ann', 'bob')]
+  items = [{'item_id': item} for item in ('a', 'A', ' a', 'b', 'B\t')]  # the last one is in no history
+  description = prepare(tmp_path, rows, items)
+  assert description['statistics']['items'] == 5 and description['similar_ids'] == {'users': 2, 'items': 5}
+  assert '2 users differ from another one only by case or blanks' in describe.format_description(description)
+  (tmp_path / 'other').mkdir()
+  assert 'similar_ids' not in prepare(tmp_path / 'other')
+
+
 USER = {'user_id': 'v', 'item_ids': ['b', 'b', 'b'], 'timestamps': [1, 2, 3]}
 
 
