@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from calrec_jax.errors import UserError
+from calrec_jax.printable import printable
 
 # Names in small letters and digits alone: userId, user_id and "User ID" are one.
 _ITEM = ('item', 'itemid', 'iid', 'product', 'productid', 'movie', 'movieid', 'asin', 'parentasin', 'sku', 'article',
@@ -68,7 +69,7 @@ def find(columns: Sequence[str], where: str, names: Mapping[str, Sequence[str]],
   Raises:
     UserError: a column that is not there, that stands twice, or that would serve two roles; no column, or several, for a role.
   """
-  listed = f'its columns: {", ".join(column or "(no name)" for column in columns)[:400]}'
+  listed = f'its columns: {", ".join(printable(column) or "(no name)" for column in columns)[:400] or "none"}'
   found = {}
   for role, usual in names.items():
     named = flag.format(role=role)

@@ -86,6 +86,8 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
                                  ('time_unit', time_unit, time_units.UNITS)):
     if value not in choices:
       raise UserError(f'{option} = {value!r}: choose one of {", ".join(choices)}.')
+  if min_rating is not None and not math.isfinite(min_rating):
+    raise UserError(f'--min_rating {min_rating}: is no rating.')
   options = {'min_count': min_count, 'min_rating': min_rating, 'min_length': min_length, 'max_bad_lines': max_bad_lines,
              'ties': ties, 'split': split, 'repeats': filtering.DEDUP[dedup], 'time_unit': time_unit,
              'unknown_items': unknown_items, 'all_items': all_items}

@@ -30,6 +30,7 @@ FIELDS = describe.FIELDS
 FORMAT = 1
 _HELD_OUT = {'train': 2, 'validation': 1, 'test': 0}  # of leave-one-out: events at a history's end (method: Data)
 _SUFFIXES = ('.jsonl.gz', '.jsonl', '.parquet')
+_MILLISECONDS = 10**11  # as of dumps: from here on a time cannot be in seconds
 _WRITTEN = {'dataset.json', 'items.jsonl.gz', 'sequences.jsonl.gz'}
 
 
@@ -308,7 +309,7 @@ def _rows(path: pathlib.Path, bad: json_lines.BadLines, *, progress: bool) -> It
   try:
     cursor = duckdb.connect().execute('SELECT * FROM read_parquet(?)', [str(json_lines.file_at(path))])
   except duckdb.Error as error:
-    raise UserError(f'{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}).') from error
+    raise UserError(f'{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); write it anew.') from error
   columns = [column[0] for column in cursor.description]
   number = 0
   while batch := cursor.fetchmany(10_000):
@@ -391,7 +392,11 @@ class _SequenceReader:
       return ''
     if not isinstance(times, list) or len(times) != len(items) or not all(_is_time(time) for time in times):
       return '"timestamps" is no list of whole seconds, one for each item'
-    return '' if times == sorted(times) else '"timestamps" go back in time; order the events by time'
+    if times != sorted(times):
+      return '"timestamps" go back in time; order the events by time'
+    if times and times[-1] >= _MILLISECONDS:
+      return f'"timestamps" holds {times[-1]}, which is no time in seconds; divide milliseconds by 1,000'
+    return ''
 
   def _checked_user(self, user: str, number: int, times: object) -> bool:
     first = self.users.setdefault(user, number)

@@ -203,6 +203,8 @@ USER = {'user_id': 'v', 'item_ids': ['b', 'b', 'b'], 'timestamps': [1, 2, 3]}
     (USER | {'timestamps': [1, 2, 2.5]}, r'line 4: "timestamps" is no list of whole seconds'),
     (USER | {'timestamps': [1, 2, 2**63]}, r'line 4: "timestamps" is no list of whole seconds'),
     (USER | {'timestamps': [1, 3, 2]}, r'line 4: "timestamps" go back in time'),
+    (USER | {'timestamps': [1, 2, 1_600_000_000_000]}, r'line 4: "timestamps" holds 1600000000000, .*divide milliseconds'),
+    (USER | {'timestamps': ['2014-01-01'] * 3}, r'line 4: "timestamps" is no list of whole seconds'),
     ({'item_ids': ['b']}, r'line 4: "user_id" is missing'),
     (USER | {'user_id': ''}, r'line 4: "user_id" is missing'),
     ({'user_id': 'v'}, r'line 4: "item_ids" is missing'),
