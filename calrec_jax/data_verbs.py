@@ -17,7 +17,7 @@ OF_EVENTS = ('user_column', 'item_column', 'time_column', 'rating_column', 'item
 def _download_amazon(options: argparse.Namespace) -> Outcome:
   from calrec_jax.data import download
   plan = download.plan_amazon(options.year, options.category, out=options.out, five_core=options.five_core,
-                              mirror=options.mirror)
+                              ratings=options.ratings, mirror=options.mirror)
   if plan.asks:
     print(plan.text, file=sys.stderr, flush=True)
     if not options.yes and not _agrees():
@@ -119,6 +119,7 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--category', nargs='+', required=True, metavar='NAME', help='as the publishers write it: Gift_Cards')
   verb.add_argument('--out', required=True, metavar='DIR', help='folder for the files, and downloads.json')
   verb.add_argument('--five_core', action='store_true', help="reviews of the publishers' 5-core (2023: ratings without texts)")
+  verb.add_argument('--ratings', action='store_true', help='ratings in the place of reviews: far smaller files, without texts')
   verb.add_argument('--yes', action='store_true', help='do not ask')
   verb.add_argument('--mirror', metavar='URL', help="an address to fetch from in place of the publishers', with the same paths")
 

@@ -14,6 +14,8 @@ from calrec_jax.errors import UserError
 
 def check_unused(out: str | os.PathLike) -> None:
   """Raises UserError unless `out` is absent or an empty folder."""
+  if not storage.is_bucket(out) and pathlib.Path(out).resolve() == pathlib.Path.cwd():
+    raise UserError(f'{os.fspath(out)!r}: is the folder in which this runs; name one that is to be made.')
   if storage.names(out) or (storage.exists(out) and not storage.is_dir(out)):
     raise UserError(f'{out}: the output is already in use; choose another place, or remove it first.')
 

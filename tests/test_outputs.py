@@ -31,6 +31,15 @@ def test_an_empty_folder_may_be_given(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
+@pytest.mark.parametrize('out', ['', '.', '../out'])
+def test_the_folder_in_which_this_runs_is_no_output(tmp_path, monkeypatch, out):
+  (tmp_path / 'out').mkdir()
+  monkeypatch.chdir(tmp_path / 'out')
+  with pytest.raises(UserError, match='the folder in which this runs'), outputs.new_folder(out):
+    pass
+  assert list(tmp_path.iterdir()) == [tmp_path / 'out'] and not any((tmp_path / 'out').iterdir())
+
+
 @pytest.mark.parametrize('kind', ['file', 'folder'])
 def test_what_is_in_use_is_refused_and_kept(tmp_path, kind):
   out = tmp_path / 'out'

@@ -15,19 +15,16 @@ The steps, in this order (method: Data):
 DuckDB reads and joins (`dump_tables`), on disk where memory is short. What it makes does not depend on threads or memory.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 
 import duckdb
 import tqdm
 
-from calrec_jax import outputs, storage
-from calrec_jax.data import database, dump_tables, filtering, histories, json_lines, time_order
+from calrec_jax import outputs
+from calrec_jax.data import database, dump_tables, filtering, histories, time_order
 from calrec_jax.data.dump_rules import Rules
 from calrec_jax.errors import UserError
-
-_FILES = {'dataset.json', 'items.jsonl.gz', 'sequences.jsonl.gz'}
 
 
 def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.PathLike] = (), *, name: str,
@@ -35,7 +32,7 @@ def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.
                   tmp_dir: str | os.PathLike | None = None, progress: bool = True, **rules: object) -> dict:
   """Makes the histories folder `out` from review files and, if there are any, metadata files.
 
-  Where `out` is what these files and rules make, that is logged, and nothing is done.
+  Where `out` is what these files and rules make, nothing is done (`histories.made_before`).
 
   Args:
     reviews: reviews, or ratings only, in any of the formats of `dump_formats`, gzipped or not.
@@ -58,8 +55,9 @@ def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.
   chosen = Rules(**rules)
   if not reviews:
     raise UserError('No review file is given; name at least one.')
-  if known := _already_made(out, name, [*reviews, *meta], chosen, progress=progress):
-    logging.info('%s: already made of these files by these rules; nothing is done.', out)
+  metadata_lines = lambda found: sum(source['lines'] for source in found['sources'][len(reviews):])
+  if known := histories.made_before(out, [*reviews, *meta], name=name, options=chosen.options(), progress=progress,
+                                    agrees=lambda found: found.get('metadata', {}).get('lines', 0) == metadata_lines(found)):
     return known
   with outputs.new_folder(out) as scratch:
     bar = tqdm.tqdm(total=len(reviews) + len(meta) + 3, desc=f'preparing {name}', leave=False, delay=1,
@@ -83,20 +81,6 @@ def prepare_dumps(reviews: Sequence[str | os.PathLike], meta: Sequence[str | os.
         **({'similar_ids': similar} if any(similar.values()) else {}),
         **({'metadata': metadata} if meta else {}),
     })
-
-
-def _already_made(out: str | os.PathLike, name: str, paths: Sequence[str | os.PathLike], rules: Rules, *, progress: bool
-                  ) -> dict | None:
-  """The description of the data set in `out`, if these files and rules made it; None if not, or if there is none."""
-  if not _FILES <= set(storage.names(out)):
-    return None
-  found = outputs.read_object(storage.local(out, files=['dataset.json']) / 'dataset.json')
-  made = [source.get('sha256') for source in found.get('sources', [])]
-  if (found.get('format'), found.get('name'), found.get('options')) != (histories.FORMAT, name, rules.options()):
-    return None
-  same = len(made) == len(paths) and all(digest == json_lines.digest(storage.local(path), progress=progress)
-                                         for digest, path in zip(made, paths, strict=True))
-  return found if same else None
 
 
 def _filter(connection: duckdb.DuckDBPyConnection, bar: tqdm.tqdm, rules: Rules, *, n_bad: int) -> list[dict]:

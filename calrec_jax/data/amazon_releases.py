@@ -25,8 +25,8 @@ class Release:
   Attributes:
     title: as its publishers call it.
     bases: addresses under which its files lie, or lay; the first is asked.
-    reviews, five_core, meta: the path of a file from there; `{}` is the category. `five_core` holds the reviews of the
-      publishers' own 5-core.
+    reviews, five_core, ratings, meta: the path of a file from there; `{}` is the category. `five_core` holds the reviews of
+      the publishers' own 5-core, `ratings` all reviews without their texts: users, items, stars and times.
     categories: all that have reviews and metadata.
     without_five_core: those of them that have no 5-core file.
     page: where the publishers describe it, and say what they ask of users.
@@ -38,6 +38,7 @@ class Release:
   bases: tuple[str, ...]
   reviews: str
   five_core: str
+  ratings: str
   meta: str
   categories: tuple[str, ...]
   without_five_core: tuple[str, ...]
@@ -61,7 +62,7 @@ RELEASES = {
         title='Amazon product data (2014)',
         bases=('https://snap.stanford.edu/data/amazon/productGraph/categoryFiles',
                'http://snap.stanford.edu/data/amazon/productGraph/categoryFiles'),
-        reviews='reviews_{}.json.gz', five_core='reviews_{}_5.json.gz', meta='meta_{}.json.gz',
+        reviews='reviews_{}.json.gz', five_core='reviews_{}_5.json.gz', ratings='ratings_{}.csv', meta='meta_{}.json.gz',
         categories=tuple(sorted([*_IN_ALL_THREE, 'Amazon_Instant_Video', 'Apps_for_Android', 'Baby', 'Beauty',
                                  'Health_and_Personal_Care'])),
         without_five_core=(), page='https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html',
@@ -73,7 +74,8 @@ RELEASES = {
         title='Amazon Review Data (2018)',
         bases=(f'{_MCAULEY}/amazon_v2', 'https://jmcauley.ucsd.edu/data/amazon_v2', f'{_DATAREPO}/amazon_v2',
                'http://deepyeti.ucsd.edu/jianmo/amazon'),
-        reviews='categoryFiles/{}.json.gz', five_core='categoryFilesSmall/{}_5.json.gz', meta='metaFiles2/meta_{}.json.gz',
+        reviews='categoryFiles/{}.json.gz', five_core='categoryFilesSmall/{}_5.json.gz', ratings='categoryFilesSmall/{}.csv',
+        meta='metaFiles2/meta_{}.json.gz',
         categories=tuple(sorted([*_IN_ALL_THREE, *_SINCE_2018, 'AMAZON_FASHION', 'Luxury_Beauty', 'Prime_Pantry'])),
         without_five_core=(), page='https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/',
         papers='J. Ni, J. Li and J. McAuley, "Justifying recommendations using distantly-labeled reviews and fine-grained '
@@ -83,7 +85,7 @@ RELEASES = {
         title="Amazon Reviews'23",
         bases=(f'{_MCAULEY}/amazon_2023', f'{_DATAREPO}/amazon_2023'),
         reviews='raw/review_categories/{}.jsonl.gz', five_core='benchmark/5core/rating_only/{}.csv.gz',
-        meta='raw/meta_categories/meta_{}.jsonl.gz',
+        ratings='benchmark/0core/rating_only/{}.csv.gz', meta='raw/meta_categories/meta_{}.jsonl.gz',
         categories=tuple(sorted([
             *_IN_ALL_THREE, *_SINCE_2018, 'Amazon_Fashion', 'Baby_Products', 'Beauty_and_Personal_Care', 'Handmade_Products',
             'Health_and_Household', 'Health_and_Personal_Care', 'Subscription_Boxes', 'Unknown'])),
@@ -105,19 +107,24 @@ def release(year: int) -> Release:
   return RELEASES[year]
 
 
-def addresses(year: int, categories: Sequence[str], *, five_core: bool = False, mirror: str | None = None) -> list[str]:
+def addresses(year: int, categories: Sequence[str], *, five_core: bool = False, ratings: bool = False,
+              mirror: str | None = None) -> list[str]:
   """The addresses of the reviews and metadata of some categories, in this order for each of them.
 
   Args:
     year: 2014, 2018 or 2023.
     categories: as the publishers write them; one that is given twice counts once.
     five_core: whether the reviews are those of the publishers' 5-core (in 2023: ratings without texts).
+    ratings: whether ratings take the place of the reviews, which are several times larger for their texts.
     mirror: an address to use for the publishers' own; the files' paths from there are the same.
 
   Raises:
-    UserError: there is no such year or category, or the mirror is no http address.
+    UserError: there is no such year or category, both kinds of reviews are asked for, or the mirror is no http address.
   """
   found = release(year)
+  if five_core and ratings:
+    raise UserError('--five_core and --ratings: choose one of them, or one after the other with another --out.')
+  reviews = found.five_core if five_core else found.ratings if ratings else found.reviews
   base = found.bases[0] if mirror is None else _checked(mirror)
   known = [name for name in found.categories if not (five_core and name in found.without_five_core)]
   for category in categories:
@@ -125,7 +132,7 @@ def addresses(year: int, categories: Sequence[str], *, five_core: bool = False, 
       what = 'of a 5-core' if category in found.categories else 'of that name'
       raise UserError(f'--category {category}: {found.title} has no file {what}; it has {", ".join(known)}.')
   return [f'{base}/{path.format(category)}' for category in dict.fromkeys(categories)
-          for path in (found.five_core if five_core else found.reviews, found.meta)]
+          for path in (reviews, found.meta)]
 
 
 def _checked(mirror: str) -> str:

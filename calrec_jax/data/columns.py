@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from calrec_jax.errors import UserError
+from calrec_jax.printable import printable
 
 # Names in small letters and digits alone: userId, user_id and "User ID" are one.
 _ITEM = ('item', 'itemid', 'iid', 'product', 'productid', 'movie', 'movieid', 'asin', 'parentasin', 'sku', 'article',
@@ -41,6 +42,18 @@ def parse_item_columns(words: Sequence[str]) -> dict[str, str]:
   return found
 
 
+def of_events(columns: Sequence[str], where: str, given: Mapping[str, str], *, rated: bool) -> dict[str, str]:
+  """The columns of an events table: `user`, `item`, `time`, and, if `rated`, `rating`. Arguments and errors as `find`."""
+  needed = [role for role in EVENT_NAMES if role != 'rating' or rated]
+  return find(columns, where, {role: EVENT_NAMES[role] for role in needed},
+              {role: column for role, column in given.items() if role in needed}, needed=needed, flag='--{role}_column')
+
+
+def of_items(columns: Sequence[str], where: str, given: Mapping[str, str]) -> dict[str, str]:
+  """The columns of an items table: `item_id`, `title`, and the others that are there. Arguments and errors as `find`."""
+  return find(columns, where, ITEM_NAMES, given, needed=('item_id', 'title'), flag='--item_columns {role}=COLUMN')
+
+
 def find(columns: Sequence[str], where: str, names: Mapping[str, Sequence[str]], given: Mapping[str, str], *,
          needed: Sequence[str], flag: str) -> dict[str, str]:
   """The column of each role that has one.
@@ -56,7 +69,7 @@ def find(columns: Sequence[str], where: str, names: Mapping[str, Sequence[str]],
   Raises:
     UserError: a column that is not there, that stands twice, or that would serve two roles; no column, or several, for a role.
   """
-  listed = f'its columns: {", ".join(column or "(no name)" for column in columns)[:400]}'
+  listed = f'its columns: {", ".join(printable(column) or "(no name)" for column in columns)[:400] or "none"}'
   found = {}
   for role, usual in names.items():
     named = flag.format(role=role)

@@ -11,6 +11,8 @@ import duckdb
 
 from calrec_jax.errors import UserError
 
+MOST_THREADS = 1024  # with 100,000 of them DuckDB ends the process, after minutes
+
 
 @contextlib.contextmanager
 def connect(folder: str | os.PathLike, *, threads: int | None = None, memory_limit: str | None = None
@@ -25,8 +27,8 @@ def connect(folder: str | os.PathLike, *, threads: int | None = None, memory_lim
   Raises:
     UserError: a value that DuckDB does not take, or want of memory or of room on the disk.
   """
-  if threads is not None and threads < 1:
-    raise UserError(f'--threads {threads}: give at least one.')
+  if threads is not None and not 1 <= threads <= MOST_THREADS:
+    raise UserError(f'--threads {threads}: give at least one, and at most {MOST_THREADS:,}.')
   if memory_limit is not None and not re.fullmatch(r'\d+(\.\d+)? ?[KMGT]i?B', memory_limit):
     raise UserError(f'--memory_limit {memory_limit}: write a size such as 2GB or 500MB.')
   given = {name: value for name, value in (('threads', threads), ('memory_limit', memory_limit)) if value is not None}

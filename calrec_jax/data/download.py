@@ -71,11 +71,11 @@ class Plan:
 
 
 def plan_amazon(year: int, categories: Sequence[str], *, out: str | os.PathLike, five_core: bool = False,
-                mirror: str | None = None) -> Plan:
+                ratings: bool = False, mirror: str | None = None) -> Plan:
   """Asks the servers for sizes and versions; fetches and writes nothing.
 
   Args:
-    year, categories, five_core, mirror: as `amazon_releases.addresses`.
+    year, categories, five_core, ratings, mirror: as `amazon_releases.addresses`.
     out: the folder; it need not be there.
 
   Raises:
@@ -83,7 +83,7 @@ def plan_amazon(year: int, categories: Sequence[str], *, out: str | os.PathLike,
       disk has too little room.
   """
   release, out = amazon_releases.release(year), pathlib.Path(out)
-  addresses = amazon_releases.addresses(year, categories, five_core=five_core, mirror=mirror)
+  addresses = amazon_releases.addresses(year, categories, five_core=five_core, ratings=ratings, mirror=mirror)
   there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
   if not there.is_dir():
     raise UserError(f'{there}: is a file, where a folder is expected; choose another --out.')

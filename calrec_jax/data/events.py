@@ -50,6 +50,8 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
                    threads: int | None = None, tmp_dir: str | os.PathLike | None = None, progress: bool = True) -> dict:
   """Makes the histories folder `out` from a table of events and a table of items, in any form that `tables` reads.
 
+  Where `out` is what these files, columns and options make, nothing is done (`histories.made_before`).
+
   Args:
     events: the files; of each row are needed a user's id, an item's id and a time.
     items: the file; of each row are needed an item's id and a title.
@@ -84,15 +86,26 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
                                  ('time_unit', time_unit, time_units.UNITS)):
     if value not in choices:
       raise UserError(f'{option} = {value!r}: choose one of {", ".join(choices)}.')
+  if min_rating is not None and not math.isfinite(min_rating):
+    raise UserError(f'--min_rating {min_rating}: is no rating.')
+  options = {'min_count': min_count, 'min_rating': min_rating, 'min_length': min_length, 'max_bad_lines': max_bad_lines,
+             'ties': ties, 'split': split, 'repeats': filtering.DEDUP[dedup], 'time_unit': time_unit,
+             'unknown_items': unknown_items, 'all_items': all_items}
+  event_columns, item_columns, rated = event_columns or {}, item_columns or {}, min_rating is not None
+  named = lambda: _columns(events, items, event_columns, item_columns, rated=rated)
+  if known := histories.made_before(out, [*events, items], name=name, options=options, progress=progress,
+                                    agrees=lambda description: description.get('columns') == named()):
+    return known
   with outputs.new_folder(out) as scratch:
     bar = tqdm.tqdm(total=len(events) + 4, desc=f'preparing {name}', leave=False, delay=1, disable=not progress)
     with bar, database.connect(tmp_dir or scratch, threads=threads, memory_limit=memory_limit) as (connection, work):
       log = _Log(connection, work, max_bad_lines, bar)
-      times = log.read_events(events, event_columns or {}, time_unit, rated=min_rating is not None)
-      shop = log.read_items(items, item_columns or {}, all_items=all_items)
+      times = log.read_events(events, event_columns, time_unit, rated=rated)
+      shop = log.read_items(items, item_columns, all_items=all_items)
       steps = _filter(connection, min_count=min_count, min_rating=min_rating, min_length=min_length, dedup=dedup, ties=ties,
                       without_texts=shop.without_texts(connection) if unknown_items == 'drop' else [])
       bar.update()
+      similar = filtering.similar_ids(connection)
       arrays = filtering.arrays(connection)
       timestamps = arrays['timestamps'] // _NANOSECONDS
       item_ids, numbers = shop.checked_ids(arrays['item_ids'], refuse=unknown_items == 'refuse', all_items=all_items)
@@ -103,14 +116,22 @@ def prepare_events(events: Sequence[str | os.PathLike], items: str | os.PathLike
         'sources': [table.source.description() for table in log.tables],
         'columns': log.columns,
         'times': {'unit': times.unit, 'first': _date(timestamps.min()), 'last': _date(timestamps.max())},
-        'options': {'min_count': min_count, 'min_rating': min_rating, 'min_length': min_length, 'max_bad_lines': max_bad_lines,
-                    'ties': ties, 'split': split, 'repeats': filtering.DEDUP[dedup], 'time_unit': time_unit,
-                    'unknown_items': unknown_items, 'all_items': all_items},
+        'options': options,
         'steps': steps,
         'bad_lines': log.n_bad,
+        **({'similar_ids': similar} if any(similar.values()) else {}),
         'metadata': {'lines': log.tables[-1].source.lines, 'repeated_lines': shop.n_repeated,
                      'items_without': sum(item_id not in shop.texts for item_id in item_ids)},
     })
+
+
+def _columns(events: Sequence[str | os.PathLike], items: str | os.PathLike, of_events: Mapping[str, str],
+             of_items: Mapping[str, str], *, rated: bool) -> dict[str, str]:
+  """The columns that dataset.json names of these tables, where the user named some."""
+  found: dict[str, str] = {}
+  for path in events:
+    found |= columns.of_events(tables.column_names(path), os.fspath(path), of_events, rated=rated)
+  return found | columns.of_items(tables.column_names(items), os.fspath(items), of_items)
 
 
 _UNKNOWN = dict.fromkeys(histories.FIELDS, '')
@@ -164,7 +185,9 @@ class _Log:
     self.connection.execute(f'CREATE TABLE raw ({", ".join(f"{role} VARCHAR" for role in roles)})')
     parts = []
     for path in paths:
-      table, found, bad = self._open(path, columns.EVENT_NAMES, given, roles, '--{role}_column')
+      table, bad = self._open(path)
+      found = columns.of_events(table.columns, str(table.path), given, rated=rated)
+      self.columns |= found
       begin = self._size('raw')
       tables.load(self.connection, table, [(found[role], 'id' if role in ('user', 'item') else 'text') for role in roles],
                   'raw', bad=bad, work=self.work)
@@ -192,7 +215,9 @@ class _Log:
 
   def read_items(self, path: str | os.PathLike, given: Mapping[str, str], *, all_items: bool) -> _Shop:
     """The cleaned texts of the items with events, or of all."""
-    table, found, bad = self._open(path, columns.ITEM_NAMES, given, ('item_id', 'title'), '--item_columns {role}=COLUMN')
+    table, bad = self._open(path)
+    found = columns.of_items(table.columns, str(table.path), given)
+    self.columns |= found
     fields = [field for field in histories.FIELDS if field in found]
     self.connection.execute(f'CREATE TABLE texts (item_id VARCHAR, {", ".join(f"{field} JSON" for field in fields)})')
     tables.load(self.connection, table, [(found['item_id'], 'id'), *((found[field], 'json') for field in fields)], 'texts',
@@ -213,17 +238,11 @@ class _Log:
     self.bar.update()
     return shop
 
-  def _open(self, path: str | os.PathLike, names: Mapping[str, Sequence[str]], given: Mapping[str, str],
-            needed: Sequence[str], flag: str) -> tuple[tables.Table, dict[str, str], json_lines.BadLines]:
+  def _open(self, path: str | os.PathLike) -> tuple[tables.Table, json_lines.BadLines]:
     table = tables.inspect(path, progress=not self.bar.disable)
-    if 'item_id' not in names:  # a rating is read if it is needed
-      names = {role: usual for role, usual in names.items() if role in needed}
-      given = {role: column for role, column in given.items() if role in needed}
-    found = columns.find(table.columns, str(table.path), names, given, needed=needed, flag=flag)
     self.tables.append(table)
-    self.columns |= found
     self.bar.update()
-    return table, found, json_lines.BadLines(table.path, self.max_bad_lines)
+    return table, json_lines.BadLines(table.path, self.max_bad_lines)
 
   def _size(self, table: str) -> int:
     return self.connection.execute(f'SELECT count(*) FROM {table}').fetchone()[0]

@@ -13,16 +13,17 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import duckdb
 import numpy as np
 
 from calrec_jax import outputs, storage
-from calrec_jax.data import cleaning, describe, json_lines, time_order
+from calrec_jax.data import cleaning, describe, json_lines, similar_ids, time_order
 from calrec_jax.errors import UserError
 
 FIELDS = describe.FIELDS
@@ -30,6 +31,8 @@ FORMAT = 1
 _HELD_OUT = {'train': 2, 'validation': 1, 'test': 0}  # of leave-one-out: events at a history's end (method: Data)
 _BLOCK_USERS = 1 << 14  # whose events are Python's objects at a time, while they are written
 _SUFFIXES = ('.jsonl.gz', '.jsonl', '.parquet')
+_MILLISECONDS = 10**11  # as of dumps: from here on a time cannot be in seconds
+_WRITTEN = {'dataset.json', 'items.jsonl.gz', 'sequences.jsonl.gz'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +196,34 @@ def write(scratch: str | os.PathLike, histories: Histories, description: dict) -
   return description
 
 
+def made_before(out: str | os.PathLike, sources: Sequence[str | os.PathLike], *, name: str, options: Mapping[str, object],
+                agrees: Callable[[dict], bool] = lambda description: True, progress: bool = True) -> dict | None:
+  """The description of the data set in `out`, if these files and options made it, which is logged; None else.
+
+  Args:
+    out: where the data set would be written; nothing need be there.
+    sources: the files in the order in which they are read; their bytes count, not their names.
+    name: of the data set.
+    options: as dataset.json would hold them.
+    agrees: whether the rest of a description that decides is what it would be; asked if all else is.
+    progress: whether to show progress on stderr.
+
+  Raises:
+    UserError: a source is missing, or cannot be read.
+  """
+  if not _WRITTEN <= set(storage.names(out)):
+    return None
+  found = outputs.read_object(storage.local(out, files=['dataset.json']) / 'dataset.json')
+  if (found.get('format'), found.get('name'), found.get('options')) != (FORMAT, name, dict(options)):
+    return None
+  made = [source.get('sha256') for source in found.get('sources', [])]
+  if len(made) != len(sources) or not all(digest == json_lines.digest(storage.local(path), progress=progress)
+                                          for digest, path in zip(made, sources, strict=True)) or not agrees(found):
+    return None
+  logging.info('%s: already made of these files by these rules; nothing is done.', os.fspath(out))
+  return found
+
+
 def _sequence_lines(histories: Histories) -> Iterator[str]:
   """JSON as `json.dumps` writes it, without quoting an item's id anew for each event."""
   quote = functools.partial(json.dumps, ensure_ascii=False)
@@ -215,7 +246,7 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
 
   The histories are taken as they are: in the file's order of users, repeats kept, an item in no history kept. Texts are only
   made one line of plain text (`cleaning.plain_text`: entities, white space); tags in them stay. A category may be a text or a
-  list of levels, which are joined with ', '.
+  list of levels, which are joined with ', '. Where `out` is what these files and options make, nothing is done (`made_before`).
 
   Args:
     sequences: JSON lines (gzipped or not) or .parquet, as in this module's docstring.
@@ -236,6 +267,9 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
   """
   check_name(name)
   time_order.check_options(ties, split)
+  options = {'min_length': min_length, 'max_bad_lines': max_bad_lines, 'ties': ties, 'split': split, 'repeats': 'kept'}
+  if known := made_before(out, [sequences, items], name=name, options=options, progress=progress):
+    return known
   with outputs.new_folder(out) as scratch:
     sequences, items = storage.local(sequences), storage.local(items)
     bad_items = json_lines.BadLines(items, max_bad_lines)
@@ -248,16 +282,18 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
       histories = _in_hashed_order(histories)
     if split == 'time':
       histories = dataclasses.replace(histories, cutoffs=time_order.cutoffs(histories.timestamps, name))
+    similar = similar_ids.counts(histories.user_ids, histories.item_ids)
     kept = {'events': len(histories.events), 'users': len(histories.user_ids), 'items': len(item_ids)}
     description = {
         'sources': [_source(path, progress=progress) for path in (sequences, items)],
-        'options': {'min_length': min_length, 'max_bad_lines': max_bad_lines, 'ties': ties, 'split': split, 'repeats': 'kept'},
+        'options': options,
         'steps': [
             {'step': 'read', 'dropped': 0, 'events': kept['events'] + reader.short_events,
              'users': kept['users'] + reader.short_users, 'items': len(item_ids)},
             {'step': f'histories shorter than {min_length}', 'dropped': reader.short_events, **kept},
         ],
         'bad_lines': {'sequences': bad_sequences.count, 'items': bad_items.count},
+        **({'similar_ids': similar} if any(similar.values()) else {}),
     }
     return write(scratch, histories, description)
 
@@ -281,7 +317,7 @@ def _rows(path: pathlib.Path, bad: json_lines.BadLines, *, progress: bool) -> It
   try:
     cursor = duckdb.connect().execute('SELECT * FROM read_parquet(?)', [str(json_lines.file_at(path))])
   except duckdb.Error as error:
-    raise UserError(f'{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}).') from error
+    raise UserError(f'{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); write it anew.') from error
   columns = [column[0] for column in cursor.description]
   number = 0
   while batch := cursor.fetchmany(10_000):
@@ -364,7 +400,11 @@ class _SequenceReader:
       return ''
     if not isinstance(times, list) or len(times) != len(items) or not all(_is_time(time) for time in times):
       return '"timestamps" is no list of whole seconds, one for each item'
-    return '' if times == sorted(times) else '"timestamps" go back in time; order the events by time'
+    if times != sorted(times):
+      return '"timestamps" go back in time; order the events by time'
+    if times and times[-1] >= _MILLISECONDS:
+      return f'"timestamps" holds {times[-1]}, which is no time in seconds; divide milliseconds by 1,000'
+    return ''
 
   def _checked_user(self, user: str, number: int, times: object) -> bool:
     first = self.users.setdefault(user, number)

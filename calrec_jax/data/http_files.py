@@ -148,7 +148,10 @@ def fetch(remote: Remote, path: pathlib.Path, *, progress: bool = True) -> tuple
 
 
 def check(path: pathlib.Path, remote: Remote, *, name: str, progress: bool = True) -> str:
-  """The sha256 of a file in hex, which is read once. UserError (a sentence): not of the size or checksum, or no whole gzip."""
+  """The sha256 of a file in hex, which is read once.
+
+  Raises UserError (a sentence): not of the size or checksum, empty, a web page, or no whole gzip although its name ends in .gz.
+  """
   size = path.stat().st_size
   if remote.size is not None and size != remote.size:
     raise UserError(f'{size:,} bytes came, where the server said {remote.size:,}.')
@@ -156,13 +159,14 @@ def check(path: pathlib.Path, remote: Remote, *, name: str, progress: bool = Tru
   with path.open('rb') as raw, tqdm.tqdm(total=size, unit='B', unit_scale=True, delay=1, leave=False, desc=f'checking {name}',
                                          disable=None if progress else True) as bar:
     file = _Digested(raw, list(digests.values()), bar)
-    if not name.endswith('.gz'):
-      while file.read(_CHUNK_BYTES):
-        pass
-    elif start := raw.peek(2)[:2]:
-      if start != b'\x1f\x8b':
-        what = 'a web page' if raw.peek(64).lstrip()[:1] == b'<' else 'something else'
-        raise UserError(f'what the server sends is {what}, not the gzip file that was asked for.')
+    start, packed = raw.peek(64)[:64], name.endswith('.gz')
+    if not start:
+      raise UserError('what the server sends is empty.')
+    page = start.lstrip()[:1] == b'<'
+    if page or packed and start[:2] != b'\x1f\x8b':
+      raise UserError(f'what the server sends is {"a web page" if page else "something else"}, not the '
+                      f'{"gzip " * packed}file that was asked for.')
+    if packed:
       try:
         with gzip.GzipFile(fileobj=file) as unpacked:
           while unpacked.read(_CHUNK_BYTES):
@@ -170,7 +174,8 @@ def check(path: pathlib.Path, remote: Remote, *, name: str, progress: bool = Tru
       except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f'the gzip file is not whole ({error}), be its length right or not.') from error
     else:
-      raise UserError('what the server sends is empty.')
+      while file.read(_CHUNK_BYTES):
+        pass
   for algorithm, expected in remote.checksums.items():
     if digests[algorithm].hexdigest() != expected:
       raise UserError(f'its {algorithm} is {digests[algorithm].hexdigest()}, where the server says {expected}.')

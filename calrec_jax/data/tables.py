@@ -24,7 +24,7 @@ MAX_LINE_BYTES = 2_000_000  # DuckDB's own
 _HEAD_BYTES = 1 << 20
 _SAMPLE_LINES = 10_000  # of JSON, which name the columns
 _FOREIGN = ((b'PK\x03\x04', 'a zip archive; unpack it'), (b'\xff\xfe', 'UTF-16; save it as UTF-8'),
-            (b'\xfe\xff', 'UTF-16; save it as UTF-8'), (b'[', 'one JSON list; write one object a line'))
+            (b'\xfe\xff', 'UTF-16; save it as UTF-8'), (b'PAR1', 'Parquet inside gzip; unpack it'))
 _REFUSALS = (duckdb.InvalidInputException, duckdb.BinderException, duckdb.ConversionException)
 
 
@@ -56,29 +56,55 @@ def inspect(path: str | os.PathLike, *, progress: bool = True) -> Table:
     UserError: the file is missing, a folder, damaged, empty, or nothing that can be read as a table.
   """
   path = storage.local(path)
+  parquet = _is_parquet(path)
+  source = json_lines.inspect(path, progress=progress)
+  columns, layout = _recognise(path, parquet, source.gzipped)
+  if parquet:
+    count = duckdb.execute(f'SELECT count(*) FROM read_parquet({_literal(path)})').fetchone()[0]
+    return Table(dataclasses.replace(source, lines=count), columns, parquet=True)
+  if not source.lines:
+    raise UserError(f'{path}: is empty.')
+  return Table(source, columns, layout)
+
+
+def column_names(path: str | os.PathLike) -> tuple[str, ...]:
+  """The names of a table's columns, for which no more is read than is needed. Raises UserError as `inspect` does."""
+  path = storage.local(path)
+  parquet = _is_parquet(path)
+  with path.open('rb') as file:
+    gzipped = file.read(2) == b'\x1f\x8b'
+  return _recognise(path, parquet, gzipped)[0]
+
+
+def _is_parquet(path: pathlib.Path) -> bool:
+  """Whether a file is Parquet. Raises UserError: its name alone says so, or there is no such file."""
   with json_lines.file_at(path).open('rb') as file:
     parquet = file.read(4) == b'PAR1'
   if path.suffix == '.parquet' and not parquet:
     raise UserError(f'{path}: is no Parquet file, although its name says so; write it anew, or name it for what it is.')
-  source = json_lines.inspect(path, progress=progress)
+  return parquet
+
+
+def _recognise(path: pathlib.Path, parquet: bool, gzipped: bool) -> tuple[tuple[str, ...], layouts.Layout | None]:
+  """The names of a table's columns, and the layout of a table of text. Raises UserError."""
   if parquet:
     try:
-      rows = duckdb.execute(f'DESCRIBE FROM read_parquet({_literal(path)})').fetchall()
-      count = duckdb.execute(f'SELECT count(*) FROM read_parquet({_literal(path)})').fetchone()[0]
+      return tuple(row[0] for row in duckdb.execute(f'DESCRIBE FROM read_parquet({_literal(path)})').fetchall()), None
     except duckdb.Error as error:
       raise UserError(f'{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}); write it anew.') from error
-    return Table(dataclasses.replace(source, lines=count), tuple(row[0] for row in rows), parquet=True)
-  with gzip.open(path) if source.gzipped else path.open('rb') as file:
+  with gzip.open(path) if gzipped else path.open('rb') as file:
     head = file.read(_HEAD_BYTES)
-  foreign = next((what for magic, what in _FOREIGN if head.startswith(magic)), None)
-  if foreign or not source.lines:
-    raise UserError(f'{path}: is {foreign}.' if foreign else f'{path}: is empty.')
+  if foreign := next((what for magic, what in _FOREIGN if head.startswith(magic)), None):
+    raise UserError(f'{path}: is {foreign}.')
   text = head.decode('utf-8-sig', errors='replace').lstrip('\r\n')
+  if text.lstrip().startswith('['):
+    raise UserError(f'{path}: is one JSON list; write one object a line.')
   if text.lstrip().startswith('{'):
-    return Table(source, _keys(path))
-  name = path.name.removesuffix('.gz')
-  layout = layouts.recognise(text, tabs=name.endswith(('.tsv', '.tab')))
-  return Table(source, layout.columns + tuple(layout.flags), layout)
+    return _keys(path), None
+  if '\0' in re.split(r'[\r\n]', text, maxsplit=1)[0]:
+    raise UserError(f'{path}: is no text in UTF-8 (its first line holds zero bytes); save it as UTF-8, if it is text.')
+  layout = layouts.recognise(text, tabs=path.name.removesuffix('.gz').endswith(('.tsv', '.tab')))
+  return layout.columns + tuple(layout.flags), layout
 
 
 def load(connection: duckdb.DuckDBPyConnection, table: Table, columns: Sequence[tuple[str, str]], into: str, *,
@@ -113,18 +139,25 @@ def load(connection: duckdb.DuckDBPyConnection, table: Table, columns: Sequence[
         plain = _repair_text(table, repaired, bad)
       connection.execute(f'INSERT INTO {into} {_select(connection, plain, columns, repaired)}')
   except _REFUSALS as error:
-    raise UserError(f'{table.path}: cannot be read ({str(error).splitlines()[0]}); write it anew.') from error
+    first_line = str(error).splitlines()[0].replace(f'"{link}"', table.path.name)
+    raise UserError(f'{table.path}: cannot be read ({first_line}); write it anew.') from error
 
 
 def _keys(path: pathlib.Path) -> tuple[str, ...]:
-  """The keys of the first objects of a file of JSON lines."""
+  """The keys of the first objects of a file of JSON lines. Raises UserError if there is no object among the first lines."""
   keys: dict[str, None] = {}
-  for _, line in itertools.islice(json_lines.lines(path, progress=False), _SAMPLE_LINES):
+  fault, any_object = '', False
+  for number, line in itertools.islice(json_lines.lines(path, progress=False), _SAMPLE_LINES):
     try:
       row = json.loads(line)
-    except (ValueError, RecursionError):
-      continue  # named when the whole file is read
-    keys.update(dict.fromkeys(row) if isinstance(row, dict) else {})
+    except (ValueError, RecursionError) as error:  # named when the whole file is read, if others are good
+      fault = fault or f'line {number}: not JSON ({str(error).splitlines()[0]})'
+      continue
+    if isinstance(row, dict):
+      any_object = True
+      keys.update(dict.fromkeys(row))
+  if fault and not any_object:
+    raise UserError(f'{path}: {fault}, and no line is an object; write one object a line.')
   return tuple(keys)
 
 
@@ -172,7 +205,8 @@ def _of_parquet(column: str, kind: str, wanted: str, where: str) -> str:
   if wanted == 'json':
     return f'to_json({column})'
   if wanted == 'id' and not re.match(r'(VARCHAR|U?(TINY|SMALL|BIG|HUGE)INT|U?INTEGER|ENUM|UUID)', kind) or kind.endswith(']'):
-    raise UserError(f'{where} is {kind}, where ids are texts or whole numbers; write it as one of these.')
+    expected = 'ids are texts or whole numbers; write it as one of these' if wanted == 'id' else 'one value is expected'
+    raise UserError(f'{where} is {kind}, where {expected}.')
   text = f'CAST({column} AS VARCHAR)'
   return _checked(text) if wanted == 'id' else text
 

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 
 from calrec_jax import outputs, storage
-from calrec_jax.data import histories
+from calrec_jax.data import histories, similar_ids
 from calrec_jax.description import items, purchases
 from calrec_jax.text.templates import ItemTemplate
 
@@ -21,8 +21,9 @@ def describe(folder: str | os.PathLike, *, template: ItemTemplate, vocabulary: s
     length, item_length: see `tokens.lengths`.
 
   Returns:
-    `name`, `fingerprint`, `split`, `template`, `preparation` (what dataset.json tells), and what the functions of `purchases`,
-    `items` and `tokens` return, each under its name; `tokens` is None without a vocabulary.
+    `name`, `fingerprint`, `split`, `template`, `preparation` (what dataset.json tells), `similar_ids` (counts of users and
+    items), and what the functions of `purchases`, `items` and `tokens` return, each under its name; `tokens` is None without a
+    vocabulary.
 
   Raises:
     UserError: no such folder, it is broken, no such vocabulary, or items that do not fit the length.
@@ -38,7 +39,8 @@ def describe(folder: str | os.PathLike, *, template: ItemTemplate, vocabulary: s
       'name': dataset.name, 'fingerprint': dataset.fingerprint, 'split': 'leave_one_out' if dataset.cutoffs is None else 'time',
       'template': {'fields': list(template.fields), 'unknown': template.unknown},
       'preparation': _preparation(folder / 'dataset.json'),
-      'sizes': purchases.sizes(dataset), 'length': purchases.length(dataset), 'popularity': purchases.popularity(dataset),
+      'sizes': purchases.sizes(dataset), 'similar_ids': similar_ids.counts(dataset.user_ids, dataset.item_ids),
+      'length': purchases.length(dataset), 'popularity': purchases.popularity(dataset),
       'repeats': purchases.repeats(dataset), 'ties': purchases.ties(dataset), 'time': purchases.time(dataset),
       'problems': items.problems(dataset), 'duplicates': items.duplicates(dataset, template),
       'tokens': None if tokenizer is None else tokens.lengths(dataset, tokenizer, template=template, length=length,

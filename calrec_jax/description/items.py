@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from calrec_jax.data import cleaning
+from calrec_jax.data import cleaning, similar_ids
 from calrec_jax.data.histories import FIELDS, Histories
 from calrec_jax.description.purchases import item_events, part
 from calrec_jax.evaluation.audit.findings import item_label
@@ -35,6 +35,7 @@ def problems(dataset: Histories) -> list[dict]:
       'title with markup': [_has_markup(title) for title in titles],
       'title with misread characters': [bool(_MISREAD.search(title)) for title in titles],
       'price that is no price': [bool(item['price']) and not cleaning.clean_price(item['price']) for item in items],
+      'id of another item but for case and blanks': similar_ids.marks(dataset.item_ids),
       'in no history': (events_I == 0).tolist()}
   found = []
   for problem, mark in marks.items():

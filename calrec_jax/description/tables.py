@@ -47,6 +47,9 @@ def _sizes(found: Mapping) -> Table:
           ('density', f'{sizes["density"]:.3%}: {sizes["pairs"]:,} pairs of a user and an item have events'),
           ('time', 'unknown: there are no timestamps' if time is None else f'{time["first"]} to {time["last"]}'),
           ('split', found['split'].replace('_', ' ')), ('fingerprint', found['fingerprint'])]
+  if any((similar := found['similar_ids']).values()):
+    rows.insert(-1, ('similar ids', f'{similar["users"]:,} users and {similar["items"]:,} items have the id of another one but '
+                     'for case and blanks; they count as different ones'))
   return Table('size', f'Data set {printable(found["name"])}', ('', ''), rows, 1)
 
 

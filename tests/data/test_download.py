@@ -44,6 +44,20 @@ def test_the_table_has_the_releases_as_published():
     assert not any(base.endswith('/') for base in release.bases)
 
 
+@pytest.mark.parametrize(('year', 'ratings', 'end'), [
+    (2014, 'ratings_Baby.csv', 'http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Baby.csv'),
+    (2018, 'Gift_Cards.csv',
+     'https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/categoryFilesSmall/Gift_Cards.csv'),
+    (2023, 'Software.csv.gz',
+     'https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_2023/benchmark/0core/rating_only/Software.csv.gz')])
+def test_addresses_of_ratings(year, ratings, end):
+  category = re.search('Baby|Gift_Cards|Software', ratings)[0]
+  release = amazon_releases.RELEASES[year]
+  found, meta = amazon_releases.addresses(year, [category], ratings=True)
+  assert end in [found.replace(release.bases[0], base) for base in release.bases] and found.endswith(ratings)
+  assert meta == amazon_releases.addresses(year, [category])[1]
+
+
 @pytest.mark.parametrize(('year', 'five_core', 'ends'), [
     (2014, False, ['/productGraph/categoryFiles/reviews_Baby.json.gz', '/productGraph/categoryFiles/meta_Baby.json.gz']),
     (2014, True, ['/productGraph/categoryFiles/reviews_Baby_5.json.gz', '/productGraph/categoryFiles/meta_Baby.json.gz']),
@@ -76,6 +90,31 @@ def test_what_is_fetched_and_recorded(server, command, tmp_path, capsys):
     assert (record['address'], record['size'], record['sha256']) == (
         server.url + path, len(content), hashlib.sha256(content).hexdigest())
     assert record['release'] == 'Amazon Review Data (2018)' and re.match(r'20\d\d-\d\d-\d\dT.*\+00:00', record['date'])
+
+
+def test_ratings_are_fetched_and_prepared(server, tmp_path, capsys):
+  users, items = [f'A{number:012}' for number in range(5)], [f'B{number:09}' for number in range(5)]
+  server.files = {
+      '/categoryFilesSmall/Software.csv': ''.join(
+          f'{item},{user},{3 + day % 3}.0,{1_400_000_000 + day * 86_400}\n' for user in users for day, item in enumerate(items)
+      ).encode(),
+      '/metaFiles2/meta_Software.json.gz': gzip.compress(
+          b''.join(json.dumps({'asin': item, 'title': f'Title {item}'}).encode() + b'\n' for item in items))}
+  dumps, data = str(tmp_path / 'dumps'), str(tmp_path / 'data')
+  fetch = [
+      'download', 'amazon', '--year', '2018', '--category', 'Software', '--ratings', '--out', dumps, '--mirror', server.url]
+  server.cues['/categoryFilesSmall/Software.csv'] = ['half', '403']
+  failed(capsys, [*fetch, '--yes'], 'Software.csv', 'answers 403')
+  server.cues.clear()
+  assert cli.main([*fetch, '--yes']) == 0
+  half = len(server.files['/categoryFilesSmall/Software.csv']) // 2
+  assert server.contents_asked('/categoryFilesSmall/Software.csv')[-1] == f'bytes={half}-'
+  assert (tmp_path / 'dumps/Software.csv').read_bytes() == server.files['/categoryFilesSmall/Software.csv']
+  capsys.readouterr()
+  assert cli.main(['prepare', 'dumps', '--dumps', dumps, '--out', data, '--json']) == 0
+  [made] = json.loads(capsys.readouterr().out)
+  assert made['sources'][0]['format'] == 'Amazon 2018 ratings' and made['statistics']['events'] == 25
+  assert made['statistics']['unknown']['title'] == 0
 
 
 def test_what_is_here_is_neither_asked_for_nor_about(server, command, tmp_path, capsys):
@@ -154,6 +193,7 @@ def test_without_a_terminal_nothing_is_fetched(server, command, tmp_path, monkey
     (['--year', '2019'], ['2019', '2014, 2018, 2023']),
     (['--category', 'Gift_Cards', 'Gift Cards'], ['Gift Cards', 'no file of that name', 'AMAZON_FASHION', 'Video_Games']),
     (['--year', '2014'], ['Gift_Cards', '(2014)', 'Amazon_Instant_Video']),
+    (['--ratings'], ['--five_core and --ratings', 'choose one']),
     (['--year', '2023', '--category', 'Appliances'], ['Appliances', 'of a 5-core', 'All_Beauty']),
     (['--mirror', 'ftp://x/y'], ['--mirror ftp://x/y', 'no address']), (['--mirror', 'http://x y/'], ['no address']),
     (['--mirror', 'http://[x/'], ['no address']), (['--mirror', 'dumps'], ['no address']),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from calrec_jax import cli
 from calrec_jax.data import amazon, describe, events, filtering, histories, json_lines
+from calrec_jax.errors import UserError
 
 FORMS = ('csv', 'csv.gz', 'tsv', 'jsonl', 'jsonl.gz', 'parquet')
 EVENTS = [{'user': f'u{user}', 'item': f'i{(user + step) % 4}', 'time': 1_600_000_000 + step}
@@ -286,7 +287,10 @@ def test_a_repeated_item_is_refused_unless_it_is_the_same(tmp_path):
 
 def test_ids_are_kept_apart_by_case_and_blanks(tmp_path):
   rows = [{'user': user, 'item': 'i0', 'time': 1_600_000_000} for user in ('ann', 'Ann', ' ann', 'ann ', 'a nn')]
-  assert prepare(tmp_path, rows)['statistics']['users'] == 5
+  description = prepare(tmp_path, rows)
+  assert description['statistics']['users'] == 5 and description['similar_ids'] == {'users': 5, 'items': 0}
+  assert '5 users differ from another one only by case or blanks' in describe.format_description(description)
+  assert 'similar_ids' not in prepare(tmp_path, out='others')
 
 
 def test_attributes_of_json_and_parquet_are_those_of_ready_sequences(tmp_path):
@@ -316,6 +320,7 @@ def refuse(tmp_path, name, content, *words, shop=None, **options):
 
 HEAD = b'user,item,time\n'
 GOOD = b'a,i1,1600000000\n'
+JSON_LINE = b'{"user": 1, "item": 2, "time": 1600000000}\n'
 
 
 @pytest.mark.parametrize('name, content, words', [
@@ -335,10 +340,25 @@ GOOD = b'a,i1,1600000000\n'
     ('e.csv', HEAD + b'a' * 2_100_000, ['line 2', 'longer than 2,000,000']),
     ('e.csv', b'PK\x03\x04', ['a zip archive']),
     ('e.csv', 'user,item,time\n'.encode('utf-16'), ['UTF-16']),
+    ('e.csv', (HEAD + GOOD).decode().encode('utf-16-le'), ['no text in UTF-8', 'zero bytes']),
+    ('e.csv', b'\x89PNG\r\n\x1a\n\x1b[2J', ['which column is the user', 'its columns: \N{REPLACEMENT CHARACTER}PNG']),
+    ('e.csv', b'"' + HEAD + GOOD, ['which column is the user', 'its columns: user,item,time a,i1,1600000000']),
+    ('e.csv', HEAD + GOOD + 'ä,i1,1600000000\n'.encode('cp1252'), ['line 3', 'not UTF-8']),
+    ('e.csv', HEAD + GOOD + b'a,i1,NaN\n', ['row 2', "'time' is 'NaN', where a time"]),
+    ('e.csv', HEAD + GOOD + b'a,i1,1e400\n', ['row 2', "'time' is '1e400', where a time"]),
+    ('e.csv', HEAD + GOOD + b'a,i1,1e99\n', ["'1e99', which is in no unit", '--time_unit']),
+    ('e.tsv', b'a\tb\tuser\tc\td\ttime\te\tf\tg\titems\n', ['which column is the item', 'user, c, d, time, e, f, g, items']),
     ('e.csv.gz', HEAD, ['is not gzip']),
+    ('e.csv.gz', gzip.compress(b'PAR1' + HEAD, mtime=0), ['Parquet inside gzip']),
     ('e.csv.gz', gzip.compress(HEAD + GOOD, mtime=0)[:-9], ['is truncated']),
     ('e.json', b'[{"user": 1}]', ['one JSON list', 'one object a line']),
+    ('e.json', b'\n [1]', ['one JSON list', 'one object a line']),
+    ('e.json', b'{\n "user": 1,\n "item": 2\n}\n', ['line 1: not JSON', 'no line is an object', 'one object a line']),
+    ('e.json', b"{'user': 1, 'item': 2, 'time': 3}\n", ['line 1: not JSON', 'no line is an object']),
+    ('e.json', b'{}\n', ['which column is the user', 'its columns: none']),
     ('e.json', b'{"user": 1, "item": 2, "time": 3}\n{"user"', ['line 2', 'not JSON']),
+    ('e.json', JSON_LINE + b'{"user": 1, "item": 2, "time": 1e400}', ['row 2', "'time' is '1e400'"]),
+    ('e.json', JSON_LINE + b'{"user": 1, "item": 2, "time": NaN}', ['row 2', "'time' is 'NaN'"]),
     ('e.json', b'{"user": 1.5, "item": 2, "time": 3}', ['row 1', "'user' is missing, or is not an id"]),
     ('e.json', b'{"user": {"a": 1}, "item": 2, "time": 3}', ['row 1', "'user' is missing, or is not an id"]),
     ('e.json', b'{"user": "\\ud800", "item": 2, "time": 3}', ['line 1', 'surrogate']),
@@ -356,6 +376,45 @@ def test_bad_ratings_and_wrong_types_of_columns(tmp_path):
   refuse(tmp_path, 'e.csv', HEAD + GOOD, 'which column is the rating', min_rating=1)
   duckdb.execute(f"COPY (SELECT 1.5::DOUBLE AS user, 'i1' AS item, 1 AS time) TO '{tmp_path}/f.parquet'")
   refuse(tmp_path, 'e.parquet', (tmp_path / 'f.parquet').read_bytes(), "'user' is DOUBLE, where ids are texts or whole numbers")
+
+
+@pytest.mark.parametrize('columns, words', [
+    ("['a'] AS user, 'i1' AS item, 1 AS time", ["'user' is VARCHAR[]", 'ids are texts or whole numbers']),
+    ("'a' AS user, 'i1' AS item, [1] AS time", ["'time' is INTEGER[]", 'one value is expected']),
+    ("{'a': 1} AS user, 'i1' AS item, 1 AS time", ["'user' is STRUCT(a INTEGER)"]),
+    ("'a' AS user, 'i1' AS item, 'nan'::DOUBLE AS time", ["holds no times (such as 'nan')"]),
+    ("NULL AS user, 'i1' AS item, 1 AS time", ["'user' is \"NULL\""]),
+    ("'a' AS user, 'i1' AS item, 1 AS time LIMIT 0", ['holds no event']),
+])
+def test_parquet_of_what_is_no_events_table(tmp_path, columns, words):
+  duckdb.execute(f"COPY (SELECT {columns}) TO '{tmp_path}/f.parquet'")
+  refuse(tmp_path, 'e.parquet', (tmp_path / 'f.parquet').read_bytes(), *words)
+
+
+def test_a_damaged_parquet_file_is_named_as_it_is_called(tmp_path):
+  content = write(tmp_path / 'f.parquet', EVENTS, 'parquet').read_bytes()
+  refuse(tmp_path, 'e.parquet', content[:10] + bytes(20) + content[30:], 'cannot be read', 'write it anew')
+  with pytest.raises(UserError) as caught:
+    read(tmp_path / 'e.parquet', tmp_path / 'items.csv', tmp_path / 'out')
+  assert '.out' not in str(caught.value)
+
+
+def test_of_a_key_that_stands_twice_in_json_the_last_counts_whoever_reads(tmp_path):
+  twice = b'{"user": "a", "user": "b", "item": "i1", "time": 1600000000}\n'
+  for name, content, bad in (('duckdb.json', twice, 0), ('python.json', twice + b'{\n', 1)):
+    (tmp_path / name).write_bytes(content)
+    read(tmp_path / name, write(tmp_path / 'items.csv', ITEMS, 'csv'), tmp_path / name[:6], min_length=1, max_bad_lines=bad)
+    assert histories.load(tmp_path / name[:6]).user_ids == ['b']
+
+
+def test_what_json_has_no_name_for_is_left_out_among_other_bad_lines(tmp_path):
+  good = b'{"user": "a", "item": "i1", "time": 1600000000}\n'
+  for number, line in enumerate((b'{"user": NaN, "item": "i1", "time": 1}', b'{"user": "a", "item": "i1", "time": 1e400}',
+                                 b'{"user": ' + b'9' * 5000 + b', "item": "i1", "time": 1}')):
+    (tmp_path / 'e.json').write_bytes(good + b'{\n' + line)
+    out = tmp_path / f'out{number}'
+    description = read(tmp_path / 'e.json', write(tmp_path / 'items.csv', ITEMS, 'csv'), out, min_length=1, max_bad_lines=2)
+    assert description['bad_lines'] == 2 and histories.load(out).user_ids == ['a']
 
 
 def test_tolerated_rows_are_left_out_and_counted(tmp_path):
@@ -393,6 +452,8 @@ def test_names_of_files_are_no_patterns(tmp_path):
     ({'memory_limit': 'lots'}, ['--memory_limit lots', '2GB']),
     ({'tmp_dir': __file__}, ['test_events.py: nothing can be written there', '--tmp_dir']),
     ({'ties': 'random'}, ["ties = 'random'"]),
+    ({'threads': 100_000}, ['--threads 100000', 'at most 1,024']),
+    ({'min_rating': float('nan')}, ['--min_rating nan']),
 ])
 def test_bad_options(tmp_path, options, words):
   refusals.refused(lambda: prepare(tmp_path, **options), *words)

@@ -181,6 +181,16 @@ def test_whole_numbers_serve_as_ids(tmp_path):
   assert (data.user_ids, data.item_ids, data.items[0]['title'], data.timestamps) == (['7'], ['1', '2'], '5', None)
 
 
+def test_ids_that_differ_by_case_or_blanks_are_different_and_told(tmp_path):
+  rows = [{'user_id': user, 'item_ids': ['a', 'A', ' a', 'b']} for user in ('ann', 'Ann', 'bob')]
+  items = [{'item_id': item} for item in ('a', 'A', ' a', 'b', 'B\t')]  # the last one is in no history
+  description = prepare(tmp_path, rows, items)
+  assert description['statistics']['items'] == 5 and description['similar_ids'] == {'users': 2, 'items': 5}
+  assert '2 users differ from another one only by case or blanks' in describe.format_description(description)
+  (tmp_path / 'other').mkdir()
+  assert 'similar_ids' not in prepare(tmp_path / 'other')
+
+
 USER = {'user_id': 'v', 'item_ids': ['b', 'b', 'b'], 'timestamps': [1, 2, 3]}
 
 
@@ -193,6 +203,8 @@ USER = {'user_id': 'v', 'item_ids': ['b', 'b', 'b'], 'timestamps': [1, 2, 3]}
     (USER | {'timestamps': [1, 2, 2.5]}, r'line 4: "timestamps" is no list of whole seconds'),
     (USER | {'timestamps': [1, 2, 2**63]}, r'line 4: "timestamps" is no list of whole seconds'),
     (USER | {'timestamps': [1, 3, 2]}, r'line 4: "timestamps" go back in time'),
+    (USER | {'timestamps': [1, 2, 1_600_000_000_000]}, r'line 4: "timestamps" holds 1600000000000, .*divide milliseconds'),
+    (USER | {'timestamps': ['2014-01-01'] * 3}, r'line 4: "timestamps" is no list of whole seconds'),
     ({'item_ids': ['b']}, r'line 4: "user_id" is missing'),
     (USER | {'user_id': ''}, r'line 4: "user_id" is missing'),
     ({'user_id': 'v'}, r'line 4: "item_ids" is missing'),
@@ -244,7 +256,7 @@ def test_an_output_in_use_is_left_alone(tmp_path):
   prepare(tmp_path)
   before = (tmp_path / 'out/dataset.json').read_bytes()
   with pytest.raises(UserError, match='already in use'):
-    prepare(tmp_path)
+    prepare(tmp_path, min_length=2)
   assert (tmp_path / 'out/dataset.json').read_bytes() == before
 
 

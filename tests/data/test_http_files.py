@@ -228,6 +228,18 @@ def test_a_file_that_is_no_whole_gzip(server, path, content, words):
   assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(('content', 'words'), [
+    (b'\n <!DOCTYPE html><html>Moved</html>', ['a web page', 'not the file that']), (b'', ['empty'])])
+def test_a_file_of_text_that_is_a_web_page_or_empty(server, path, content, words):
+  server.files['/a.csv'] = content
+  text = path.with_name('a.csv')
+  refused(lambda: http_files.fetch(http_files.look(server.url + '/a.csv'), text), '/a.csv', 'removed', *words)
+  assert list(path.parent.iterdir()) == []
+  server.files['/a.csv'] = b'u,i,5.0,1\n'
+  http_files.fetch(http_files.look(server.url + '/a.csv'), text)
+  assert text.read_bytes() == b'u,i,5.0,1\n'
+
+
 def test_members_of_a_gzip_file_are_all_read(server, path):
   server.files['/a.gz'] = CONTENT + OTHER
   get(server, path)

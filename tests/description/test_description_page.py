@@ -127,6 +127,16 @@ def test_a_folder_of_two_files_and_a_bucket_are_described_too(shop, found, tmp_p
   memory.rm('/described.html')
 
 
+def test_similar_ids_are_told(found, tmp_path):
+  assert found['similar_ids'] == {'users': 0, 'items': 0} and 'similar ids' not in tables.as_text(found)
+  write_lines(tmp_path / 'items.jsonl', [{'item_id': item} for item in ('a', 'A', 'b')])
+  write_lines(tmp_path / 'sequences.jsonl', [{'user_id': user, 'item_ids': ['a', 'A', 'b']} for user in ('ann', ' Ann', 'bob')])
+  told = describe(tmp_path, template=ItemTemplate())
+  assert told['similar_ids'] == {'users': 2, 'items': 2}
+  assert re.search('similar ids +2 users and 2 items have the id of another one', tables.as_text(told))
+  assert re.search('id of another item but for case and blanks +2 ', tables.as_text(told))
+
+
 def test_what_dataset_json_tells_is_shown(shop, tmp_path):
   told = json.loads((shop / 'data/dataset.json').read_text())
   told |= {'steps': [{'step': 'k-core', 'dropped': 12}, {'step': 'none', 'dropped': 0}], 'bad_lines': 3,

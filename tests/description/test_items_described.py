@@ -67,3 +67,10 @@ def test_titles_that_only_look_odd_are_no_problem():
   for item, title in zip(data.items, ['less < more', 'SÃO PAULO', 'Ördög 7', 'a {b} c'], strict=True):
     item['title'] = title
   assert {each['problem'] for each in items.problems(data)} == {'category unknown', 'brand unknown', 'price unknown'}
+
+
+def test_ids_that_differ_by_case_or_blanks_are_a_problem():
+  data = toy_source([[1]] * 4, [[0, 1, 1, 2]]).histories
+  data.item_ids[:] = ['b 1', 'B1', 'b2', 'b1\t']
+  [found] = [each for each in items.problems(data) if each['problem'] == 'id of another item but for case and blanks']
+  assert (found['items']['count'], found['events']['count']) == (3, 3) and found['examples'][0].startswith('B1 (')
