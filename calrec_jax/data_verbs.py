@@ -204,7 +204,10 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--size', type=positive, default=4096, help='most tokens (default %(default)s)')
   verb.add_argument('--out', required=True, help='file to write')
   _template(verb)
+  _add_cache(verbs, make)
 
+
+def _add_cache(verbs: Any, make: Callable[..., argparse.ArgumentParser]) -> None:
   verb = make(verbs, 'cache', _cache, "write Tasks' tokenized examples to disk, as SeqIO and T5X read them (USE_CACHED_TASKS)",
                'calrec cache --data data/gift_cards data/shop --vocabulary data/vocabulary.json --out cache\n'
                "  calrec cache --data data/shop --vocabulary data/vocabulary.json --out cache \\\n"

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import shard_utils
 
@@ -84,7 +83,7 @@ def write(shard: Shard, features: tfds.features.FeaturesDict, writer: Any) -> No
   """Writes a shard with TFDS's ExampleWriter; it appears whole. Raises UserError if the histories have changed."""
   data = _histories(shard.folder, shard.fingerprint)
   users = _in_order(shard.folder, shard.fingerprint, shard.split, shard.n_users)[shard.first:shard.end]
-  with tfds.core.utils.incomplete_file(epath.Path(shard.path)) as scratch:
+  with tfds.core.utils.incomplete_file(tfds.core.Path(shard.path)) as scratch:
     writer.write(scratch, ((user, features.serialize_example(example(data, user, shard.split))) for user in users.tolist()))
 
 
