@@ -1,5 +1,6 @@
 """The parts of a job on the workers of Apache Beam, on this machine or on a cluster. Nothing else here imports Beam."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def run(work: Callable[[Any], None], parts: Sequence[Any], *, options: Any = Non
     runner: Beam's runner, or its name, where `options` does not name it.
 
   Raises:
-    UserError: Beam is not installed, or knows no such runner.
+    UserError: Beam is not installed, or knows no such runner; or `work` raised one.
   """
   try:
     import apache_beam as beam
@@ -34,5 +35,11 @@ def run(work: Callable[[Any], None], parts: Sequence[Any], *, options: Any = Non
     pipeline = beam.Pipeline(runner=runner, options=options)
   except ValueError as error:
     raise UserError(f'Apache Beam refuses its options: {" ".join(str(error).split())}') from error
-  with pipeline:  # Reshuffle: without it the parts would stay together, on one worker
-    _ = pipeline | 'Parts' >> beam.Create(parts) | beam.Reshuffle() | 'Work' >> beam.Map(work)
+  try:
+    with pipeline:  # Reshuffle: without it the parts would stay together, on one worker
+      _ = pipeline | 'Parts' >> beam.Create(parts) | beam.Reshuffle() | 'Work' >> beam.Map(work)
+  except Exception as error:  # of this process it is the worker's own; else each runner has its own, which ends in a traceback
+    text = f'{"calrec_jax.errors.UserError: " * isinstance(error, UserError)}{error}'
+    if told := re.search(r'calrec_jax\.errors\.UserError: (.+?)(?: \[while running .*)?$', text, re.MULTILINE):
+      raise UserError(told[1]) from error
+    raise

@@ -102,15 +102,19 @@ def cache(folder: str | os.PathLike, out: str | os.PathLike, *, vocabulary: str 
 
 
 def write_shard(part: Shard, task: seqio.Task | None = None) -> None:
-  """Writes a file, which appears whole, of `task`, or of the one that a worker makes. Raises UserError: see `Recipe`."""
+  """Writes a file, which appears whole, of `task`, or of the one that a worker makes.
+
+  Raises UserError if that one is another Task than the recipe's, or the file cannot be written.
+  """
   task = task or _task(part.recipe)
   numbers = shard_numbers(task.num_input_examples(part.split), part.shard, part.n_shards)
   scratch = f'{part.path}.{uuid.uuid4().hex}'  # another worker may be at the same part
   try:
-    with tf.io.TFRecordWriter(scratch) as writer:
-      for example in task.preprocess_precache(task.source.get_examples(part.split, numbers)).as_numpy_iterator():
-        writer.write(tf_example(example).SerializeToString(deterministic=True))
-    tf.io.gfile.rename(scratch, part.path, overwrite=True)
+    with _told(part.path):
+      with tf.io.TFRecordWriter(scratch) as writer:
+        for example in task.preprocess_precache(task.source.get_examples(part.split, numbers)).as_numpy_iterator():
+          writer.write(tf_example(example).SerializeToString(deterministic=True))
+      tf.io.gfile.rename(scratch, part.path, overwrite=True)
   finally:
     if tf.io.gfile.exists(scratch):
       tf.io.gfile.remove(scratch)
@@ -169,5 +173,15 @@ def _write_json(path: str, value: dict) -> None:
 
 
 def _write_text(path: str, text: str) -> None:
-  with tf.io.gfile.GFile(path, 'w') as file:
+  with _told(path), tf.io.gfile.GFile(path, 'w') as file:
     file.write(text)
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+  """What TensorFlow says where it cannot write, such as on a full disk, becomes a UserError."""
+  try:
+    yield
+  except tf.errors.OpError as error:
+    raise UserError(f'{path}: cannot be written ({error.message.splitlines()[0]}); make room, or choose another place.'
+                    ) from error

@@ -29,3 +29,18 @@ def test_two_processes_share_the_parts(tmp_path):
 def test_an_unknown_runner_is_refused():
   with pytest.raises(UserError, match='Apache Beam refuses its options: .*FnApiRuner'):
     workers.run(print, [1], options=['--runner=FnApiRuner'])
+
+
+@pytest.mark.parametrize('options', [LOCAL, LOCAL[:1]])
+def test_what_a_worker_refuses_is_one_line(options):
+  def work(part: int) -> None:
+    raise UserError(f'part {part}: is broken; mend it.')
+
+  with pytest.raises(UserError) as found:
+    workers.run(work, [7], options=options)
+  assert str(found.value) == 'part 7: is broken; mend it.'
+
+
+def test_a_bug_in_a_worker_keeps_its_kind():
+  with pytest.raises(ZeroDivisionError):
+    workers.run(lambda part: part / 0, [1], options=LOCAL[:1])

@@ -1,6 +1,7 @@
 """A cached Task gives the examples of the uncached one, in its order; a cache of other examples is refused."""
 
 import filecmp
+import pathlib
 import sys
 
 import numpy as np
@@ -147,9 +148,14 @@ def test_a_cache_of_changed_histories_is_not_read(store, small):
     examples(found, 'test', True)
 
 
-def test_a_cache_that_fails_leaves_nothing(store, small, monkeypatch):
-  monkeypatch.setattr(caching.tf.io, 'TFRecordWriter', lambda path: (_ for _ in ()).throw(OSError(28, 'No space left')))
-  with pytest.raises(OSError, match='No space left'):
+def test_a_cache_on_a_full_disk_is_told_and_leaves_nothing(store, small, monkeypatch):
+  def full(path):
+    pathlib.Path(path).write_bytes(b'half')
+    return writer('/dev/full')
+
+  writer = caching.tf.io.TFRecordWriter
+  monkeypatch.setattr(caching.tf.io, 'TFRecordWriter', full)
+  with pytest.raises(UserError, match=r'train.tfrecord-00000-of-00001: cannot be written \(.*No space left'):
     caching.cache(small / 'data' / NAME, small / 'cache', vocabulary=store / 'vocabulary.json')
   assert not list((small / 'cache').iterdir())
 
