@@ -20,7 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${CALREC_VENV:-$PWD/.venv-test}
 words=" $* "
 if [[ $words == ' -m beam ' || ! $words =~ ' -m '|' -k '|' tests'|'.py' ]]; then
-  launch/install.sh "$venv-beam" beam_dev
+  launch/install.sh "$venv-beam" beamtest
   mapfile -t files < <(grep -rl 'pytest.mark.beam' tests --include='test_*.py' | sort)
   "$venv-beam/bin/python" -m pytest -q -m beam "${files[@]}"
   if [[ $words == ' -m beam ' ]]; then exit; fi
