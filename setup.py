@@ -33,12 +33,16 @@ REQUIRES = [
     'fsspec>=2026.4',  # buckets
 ]
 
+# Beam takes no protobuf 7, which sentencepiece 0.2.3 was made with: so its tests have an environment of their own.
+BEAM = ['apache-beam>=2.60', 'sentencepiece<0.2.3']
+
 EXTRAS = {
     'tpu': ['jax[tpu]>=0.10.2', 'gcsfs>=2026.9'],
     'cuda': ['jax[cuda12]>=0.10.2'],
     'gcs': ['gcsfs>=2026.9'],  # gs:// paths, by way of fsspec
     'gguf': ['gguf>=0.17'],
-    'beam': ['apache-beam>=2.60'],
+    'beam': BEAM,
+    'beamtest': [*BEAM, 'pytest>=8'],
     # Not on PyPI: the commits that were seen working. They ask for git heads of each other: the README installs them without.
     't5x': ['t5x @ git+https://github.com/google-research/t5x@cc342d419ec3e3e9c4bf1df33c82330cafdc1e16',
             'airio @ git+https://github.com/google/airio@69897df7d9a427b947a9f7bb4164c7782b43e601',

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = parser().parse_args([a for a in arguments if not a.startswith('--gin.')])
   options.bindings = bindings
   logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
-  for noisy in ('absl', 'jax', 'orbax', 'tensorflow'):
+  for noisy in ('absl', 'apache_beam', 'jax', 'orbax', 'tensorflow'):
     logging.getLogger(noisy).setLevel(logging.WARNING)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')

@@ -1,6 +1,7 @@
-"""The verbs of data: `calrec download`, `synthesize`, `prepare`, `describe`, `vocabulary`. As in `cli.py`, imports are late."""
+"""The verbs of data: `calrec download`, `synthesize`, `prepare`, `describe`, `vocabulary`, `cache`. Imports are late."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,23 @@ def _vocabulary(options: argparse.Namespace) -> Outcome:
   return report, f'Wrote {options.out}: {vocabulary.vocab_size} tokens, trained on {len(texts)} item texts.'
 
 
+def _cache(options: argparse.Namespace) -> Outcome:
+  quiet_tensorflow.load()
+  from calrec_jax.tasks import caching
+  from calrec_jax.text.templates import FIELDS, ItemTemplate
+  template = ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown)
+  try:
+    beam = None if options.beam is None else shlex.split(options.beam)
+  except ValueError as error:
+    raise UserError(f'--beam: {error}; quote the options as for a shell.') from error
+  reports = [caching.cache(folder, options.out, vocabulary=options.vocabulary, template=template, targets=options.targets,
+                           beam=beam) for folder in options.data]
+  lines = [f'{"Wrote" if each["cached"] else "Nothing to do, there already:"} {each["out"]}: ' + ', '.join(
+      f'{split} {each["examples"][split]:,} examples in {n:,} file{"s" * (n > 1)}' for split, n in each['shards'].items()) + '.'
+           for each in reports]
+  return reports, '\n'.join(lines)
+
+
 def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Callable[[str], int]) -> None:
   """Adds the verbs to a command line.
 
@@ -186,6 +204,23 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--data', nargs='+', required=True, metavar='DIR', help='histories folders')
   verb.add_argument('--size', type=positive, default=4096, help='most tokens (default %(default)s)')
   verb.add_argument('--out', required=True, help='file to write')
+  _template(verb)
+  _add_cache(verbs, make)
+
+
+def _add_cache(verbs: Any, make: Callable[..., argparse.ArgumentParser]) -> None:
+  verb = make(verbs, 'cache', _cache, "write Tasks' tokenized examples to disk, as SeqIO and T5X read them (USE_CACHED_TASKS)",
+               'calrec cache --data data/gift_cards data/shop --vocabulary data/vocabulary.json --out cache\n'
+               "  calrec cache --data data/shop --vocabulary data/vocabulary.json --out cache \\\n"
+               "      --beam='--runner=DirectRunner --direct_num_workers=4 --direct_running_mode=multi_processing'",
+               '`calrec train` needs no cache. See docs/data.md.')
+  verb.add_argument('--data', nargs='+', required=True, metavar='DIR', help='histories folders')
+  verb.add_argument('--vocabulary', required=True, metavar='FILE', help='as VOCABULARY in the runs')
+  verb.add_argument('--out', required=True, metavar='DIR', help='folder of caches; each Task is a folder in it')
+  verb.add_argument('--targets', default='last', help="spans of the train split, last or all, as T5X's CALRecModel.targets "
+                    '(default %(default)s)')
+  verb.add_argument('--beam', metavar='OPTIONS', help='run on Apache Beam with these pipeline options, in quotes (default: '
+                    'here, in one process)')
   _template(verb)
 
 

@@ -1,5 +1,6 @@
 """What every test runs under: eight simulated CPU devices, float32 at the highest precision, strict broadcasting."""
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -73,17 +74,23 @@ def trained_run(tiny_store, tmp_path_factory) -> pathlib.Path:
   return model_dir
 
 
+def missing() -> dict[str, str]:
+  """Markers of tests that cannot run here -> why not."""
+  found = {} if CHROMIUM else {'chromium': 'Chromium is not on PATH'}
+  return found if importlib.util.find_spec('apache_beam') else found | {'beam': 'Apache Beam is not in this environment'}
+
+
 def pytest_collection_modifyitems(config, items) -> None:
-  """Without Chromium, the tests that need it are not of this run; they are deselected, as a skip might be forbidden."""
-  left_out = [item for item in items if item.get_closest_marker('chromium')] if CHROMIUM is None else []
+  """Tests that lack Chromium or Apache Beam are not of this run; they are deselected, as a skip might be forbidden."""
+  left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in missing())]
   if left_out:
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-  if CHROMIUM is None:
-    terminalreporter.write_line('Chromium is not on PATH: the tests marked `chromium` were left out.')
+  for marker, reason in missing().items():
+    terminalreporter.write_line(f'{reason}: the tests marked `{marker}` were left out.')
 
 
 def _fail_forbidden_skip(report) -> None:

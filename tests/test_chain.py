@@ -164,8 +164,8 @@ def test_the_commands_of_the_readme(publisher, tmp_path, monkeypatch):
   monkeypatch.setattr(ablations.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(
       command, cli.main(command[3:])))
   commands = readme_commands('calrec')
-  verbs = {'download', 'prepare', 'describe', 'vocabulary', 'train', 'infer', 'evaluate', 'index', 'recommend', 'import',
-           'score', 'export', 'baselines', 'compare', 'audit', 'report', 'ablate', 'plan'}
+  verbs = {'download', 'prepare', 'describe', 'vocabulary', 'cache', 'train', 'infer', 'evaluate', 'index', 'recommend',
+           'import', 'score', 'export', 'baselines', 'compare', 'audit', 'report', 'ablate', 'plan'}
   assert {command[0] for command in commands} == verbs
   for command in commands:
     if command[0] == 'import' and not (source := pathlib.Path(command[command.index('--from') + 1])).exists():

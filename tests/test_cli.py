@@ -20,8 +20,8 @@ from calrec_jax.evaluation.evaluate import evaluate
 from calrec_jax.text.templates import ItemTemplate
 
 VERBS = [['download'], ['download', 'amazon'], ['synthesize'], ['prepare'], ['prepare', 'dumps'], ['prepare', 'histories'],
-         ['describe'], ['vocabulary'], ['import'], ['train'], ['infer'], ['evaluate'], ['index'], ['recommend'], ['score'],
-         ['export'], ['baselines'], ['compare'], ['ablate'], ['audit'], ['report'], ['plan']]
+         ['describe'], ['vocabulary'], ['cache'], ['import'], ['train'], ['infer'], ['evaluate'], ['index'], ['recommend'],
+         ['score'], ['export'], ['baselines'], ['compare'], ['ablate'], ['audit'], ['report'], ['plan']]
 REVIEW = {'reviewerID': 'u', 'asin': 'a', 'unixReviewTime': 1, 'overall': 5.0}
 
 
@@ -124,6 +124,15 @@ def test_bad_events(tmp_path, capsys):
   refused(capsys, [*prepare, '--sequences', 'x'], '--sequences', '--events')
   assert cli.main([str(word) for word in [*prepare, '--time_column', 'when', '--unknown_items', 'keep', '--json']]) == 0
   assert json.loads(capsys.readouterr().out)['metadata']['items_without'] == 1
+
+
+@pytest.mark.parametrize('changes, words', [
+    (['--data', 'nowhere'], ['nowhere', 'is not there']), (['--vocabulary', 'nowhere.json'], ['nowhere.json']),
+    (['--targets', 'first'], ["'first'", "'last' or 'all'"]), (["--beam=--runner='"], ['--beam', 'quote']),
+    (['--unknown', 'ask'], ["'write' or 'skip'"])])
+def test_bad_caches(changes, words, tiny_store, tmp_path, capsys):
+  store = ['--data', tiny_store / 'data/games', '--vocabulary', tiny_store / 'vocabulary.json']
+  refused(capsys, ['cache', *store, '--out', tmp_path / 'out', *changes], *words, absent=tmp_path / 'out')
 
 
 @pytest.mark.parametrize('changes, words', [

@@ -3,16 +3,21 @@
   builder = PurchaseHistories(folder='data/scientific2018', data_dir='tfds')
   builder.download_and_prepare()  # reads the folder alone; nothing is downloaded
   train = builder.as_dataset(split='train')
+
+With `beam_options` or a `beam_runner` in its DownloadConfig, as any TFDS builder takes them, workers of Apache Beam write the
+files: the same examples in the same order and shards. Each worker reads the folder itself.
 """
 
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from calrec_jax.data import histories as histories_lib
+from calrec_jax.data import tfds_shards, workers
 from calrec_jax.data.histories import FIELDS, Histories
 
 SPLITS = ('train', 'validation', 'test')
@@ -23,10 +28,8 @@ def visible_histories(histories: Histories, split: str) -> Iterator[tuple[int, n
 
   Users of whom `split` sees fewer than two events have no target, and are left out.
   """
-  for user in range(len(histories.user_ids)):
-    events = histories.seen(user, split)
-    if len(events) >= 2:
-      yield user, events
+  for user in tfds_shards.users_with_target(histories, split).tolist():
+    yield user, histories.seen(user, split)
 
 
 class PurchaseHistories(tfds.core.GeneratorBasedBuilder):
@@ -42,7 +45,7 @@ class PurchaseHistories(tfds.core.GeneratorBasedBuilder):
     Raises:
       UserError: the folder is missing, or is no histories folder.
     """
-    self._histories = histories_lib.load(folder)
+    self._folder, self._histories = os.fspath(folder), histories_lib.load(folder)
     name = f'{re.sub(r"[^A-Za-z0-9_.]", "_", self._histories.name)}.{self._histories.fingerprint[:12]}'
     super().__init__(config=tfds.core.BuilderConfig(name=name, description=str(folder)), **kwargs)
 
@@ -57,8 +60,23 @@ class PurchaseHistories(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(split) for split in SPLITS}
 
   def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-    data = self._histories
-    for user, events in visible_histories(data, split):
-      items = [{'item_id': data.item_ids[item], **{field: data.items[item][field] for field in FIELDS}}
-               for item in events]
-      yield user, {'user_id': data.user_ids[user], 'items': items}
+    for user in tfds_shards.users_with_target(self._histories, split).tolist():
+      yield user, tfds_shards.example(self._histories, user, split)
+
+  def _generate_splits(self, dl_manager: tfds.download.DownloadManager, download_config: tfds.download.DownloadConfig
+                       ) -> Sequence[tfds.core.SplitInfo]:
+    """As TFDS does it; where Beam is asked for, on its workers. Raises UserError: see `tfds_shards.plan`, `workers.run`."""
+    if not (download_config.beam_runner or download_config.beam_options):
+      return super()._generate_splits(dl_manager, download_config)
+    shards, infos = [], []
+    for split in SPLITS:
+      template = self._get_filename_template(split_name=split)
+      of_split, n_bytes = tfds_shards.plan(
+          self._folder, self._histories, split, config=download_config.get_shard_config(), template=template,
+          limit=download_config.max_examples_per_split)
+      shards += of_split
+      infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.end - shard.first for shard in of_split],
+                                       num_bytes=n_bytes, filename_template=template))
+    work = functools.partial(tfds_shards.write, features=self.info.features, writer=self._example_writer())
+    workers.run(work, shards, options=download_config.beam_options, runner=download_config.beam_runner)
+    return infos

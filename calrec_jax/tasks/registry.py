@@ -10,6 +10,7 @@ from the histories and the item token table. It has, without `sequence_length`:
 There is no BOS: where a vocabulary has one, who makes rows puts it first.
 """
 
+import functools
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +22,7 @@ import tensorflow as tf
 from calrec_jax import storage
 from calrec_jax.errors import UserError
 from calrec_jax.tasks import seqio_metrics
+from calrec_jax.tasks.cached_task import HistoriesTask
 from calrec_jax.tasks.categories import CATEGORIES
 from calrec_jax.tasks.source import HistoriesSource
 from calrec_jax.text.item_tokens import item_tokens, prompt_tokens, user_tokens
@@ -57,15 +59,14 @@ def register(data_dir: str | os.PathLike, vocabulary: TokenizerVocabulary, *, na
   """
   if not storage.is_dir(data_dir):
     raise UserError(f'{data_dir}: no such folder; DATA_DIR is the folder that holds the histories folders.')
-  if targets not in ('last', 'all'):
-    raise UserError(f"targets = {targets!r}: choose 'last' or 'all'.")
   present = _folders(data_dir)
   names = sorted(set(names) if names is not None else {*CATEGORIES, *present})
   mixed = sorted(set(mixture_names)) if mixture_names else [name for name in names if name in present] or names
   _check_names(names, mixture, mixed, present)
   for name in names:
     source = HistoriesSource(storage.join(data_dir, name), template=template, targets=targets)
-    _register_task(name, source, vocabulary)
+    seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add_provider(name, make_task(source, vocabulary))
   seqio.MixtureRegistry.remove(mixture)
   seqio.MixtureRegistry.add(mixture, [(name, lambda task: task.source.n_users ** exponent) for name in mixed])
   return names
@@ -100,10 +101,15 @@ def _folders(data_dir: str | os.PathLike) -> set[str]:
           and not files.isdisjoint(storage.names(storage.join(data_dir, name)))}
 
 
+def check_name(name: str) -> None:
+  """Raises UserError where SeqIO does not allow a name."""
+  if not re.fullmatch(r'[A-Za-z0-9_.]+', name):
+    raise UserError(f'{name!r} cannot name a SeqIO Task or Mixture; rename it with letters, digits, "_" and ".".')
+
+
 def _check_names(names: Sequence[str], mixture: str, mixed: Sequence[str], present: Collection[str]) -> None:
   for name in (*names, mixture):
-    if not re.fullmatch(r'[A-Za-z0-9_.]+', name):
-      raise UserError(f'{name!r} cannot name a SeqIO Task or Mixture; rename it with letters, digits, "_" and ".".')
+    check_name(name)
   if mixture in names:
     raise UserError(f'{mixture!r} names both a data set and the mixture; rename one of them.')
   unknown = sorted(set(mixed) - set(names))
@@ -113,10 +119,10 @@ def _check_names(names: Sequence[str], mixture: str, mixed: Sequence[str], prese
                     f'DATA_DIR has {", ".join(there) or "none"}.')
 
 
-def _register_task(name: str, source: HistoriesSource, vocabulary: TokenizerVocabulary) -> None:
-  seqio.TaskRegistry.remove(name)
-  seqio.TaskRegistry.add(
-      name, source=source,
+def make_task(source: HistoriesSource, vocabulary: TokenizerVocabulary) -> seqio.Task:
+  """The Task of a data set, named as it, and not yet registered."""
+  return HistoriesTask(
+      source.name, source=source,
       preprocessors=[tokenize_pieces, seqio.CacheDatasetPlaceholder(), join_pieces,
                      seqio.preprocessors.append_eos_after_trim],
       output_features={'inputs': seqio.Feature(vocabulary, add_eos=False), 'targets': seqio.Feature(vocabulary)},
@@ -127,9 +133,13 @@ def tokenize_pieces(dataset: tf.data.Dataset, output_features: Mapping[str, seqi
   """Adds 'item_tokens' and 'item_lengths', int32: the tokens of each item's piece, and how many they are."""
   vocabulary = output_features['targets'].vocabulary
 
+  @functools.lru_cache(maxsize=2**17)  # an item is in many histories
+  def piece(text: bytes) -> np.ndarray:
+    return item_tokens([text.decode()], vocabulary).tokens
+
   def tokenize(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    table = item_tokens([text.decode() for text in texts], vocabulary)
-    return table.tokens, np.diff(table.offsets).astype(np.int32)
+    pieces = [piece(text) for text in texts]
+    return np.concatenate(pieces), np.array([len(tokens) for tokens in pieces], np.int32)
 
   def add(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     tokens, lengths = tf.numpy_function(tokenize, [example['item_texts']], (tf.int32, tf.int32))
