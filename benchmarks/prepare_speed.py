@@ -198,7 +198,8 @@ def growth(work: pathlib.Path, n: int) -> dict:
           f'the dump of {paths[0].stat().st_size / 1e9:.2f} GB')
     paths[0].unlink()
   few, many = found[n // 10], found[n]
-  seconds, memory, disk = (more + (more - less) / (n - n // 10) * (AMAZON_2018 - n) for less, more in zip(few, many, strict=True))
+  seconds, memory, disk = (more + (more - less) / (n - n // 10) * (AMAZON_2018 - n)
+                           for less, more in zip(few, many, strict=True))
   print(f'Amazon 2018, {AMAZON_2018:,} reviews, by this slope: {seconds / 60:.0f} minutes, {memory / 1e9:.0f} GB of memory, '
         f'{disk / 1e9:.0f} GB of disk')
   return {'growth': round(many[0] / few[0], 1), 'memory_gb': round(many[1] / 1e9, 2), 'disk_gb': round(many[2] / 1e9, 2)}
