@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f'calrec: error: {message}', file=sys.stderr)
     return 2
   except OSError as error:
-    if error.errno != errno.ENOSPC:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
       raise
-    print(f'calrec: error: {error.filename or "the disk"}: no space is left; make room, and run the same command again.',
-          file=sys.stderr)
+    what = 'no space is left' if error.errno == errno.ENOSPC else error.strerror.lower()
+    print(f'calrec: error: {error.filename or "the disk"}: {what}; make room, and run the same command again.', file=sys.stderr)
     return 2
   except RuntimeError as error:
     from calrec_jax.training import preemption

@@ -204,6 +204,8 @@ def _of_csv(path: pathlib.Path, sample: Sequence[bytes], places: tuple[str, ...]
   first = found[0]
   named = {column: name for column, names in _HEADERS.items() for name in names[::-1] if name in first}
   header = {'user_id', 'item_id', 'time'} <= named.keys()
+  if header and (twice := [name for name in named.values() if first.count(name) > 1]):
+    raise UserError(f'{path}: has {first.count(twice[0])} columns {twice[0]!r}; give them different names.')
   if header and not places:
     columns = {name: column for column, name in named.items()}
     new = {'user_id', 'parent_asin', 'rating', 'timestamp'} <= set(first)

@@ -251,22 +251,29 @@ class _Log:
                   begin: int, end: int) -> None:
     """Counts the rows of one file, `begin` up to `end` of the table `parsed`, in which something needed is NULL.
 
-    Raises UserError, with the first one as the table `raw` has it, if there are too many bad ones.
+    Raises UserError, with the first one as the table `raw` has it, if there are too many bad ones; else logs the first ones.
     """
-    n_bad, first = self.connection.execute(f"""
-        SELECT count(*), min(rowid) FROM {parsed} WHERE rowid >= {begin} AND rowid < {end} AND NOT ({_all_there(roles)})"""
-                                           ).fetchone()
-    self.n_bad += bad.count + n_bad
-    if not n_bad or bad.count + n_bad <= self.max_bad_lines:
-      return
-    read, there = (self.connection.execute(f'SELECT {", ".join(roles)} FROM {table} WHERE rowid = {first}').fetchone()
+    wrong = f'rowid >= {begin} AND rowid < {end} AND NOT ({_all_there(roles)})'
+    n_bad = self.connection.execute(f'SELECT count(*) FROM {parsed} WHERE {wrong}').fetchone()[0]
+    if n_bad:
+      first = self.connection.execute(f'SELECT rowid FROM {parsed} WHERE {wrong} ORDER BY rowid LIMIT 3').fetchall()
+      bad.first += [f'row {row - begin + 1}: {self._fault(raw, parsed, found, roles, row)}' for row, in first]
+      bad.count += n_bad
+      if bad.count > self.max_bad_lines:
+        more = f' ({bad.count:,} bad rows, {self.max_bad_lines} tolerated)' if self.max_bad_lines else ''
+        raise UserError(f'{bad.path}: {bad.first[-len(first)]}{more}; repair it, or tolerate it with --max_bad_lines.')
+    self.n_bad += bad.count
+    del bad.first[3:]
+    bad.tell()
+
+  def _fault(self, raw: str, parsed: str, found: Mapping[str, str], roles: Sequence[str], row: int) -> str:
+    """What makes a row of the table `parsed` bad, as the table `raw` has it."""
+    read, there = (self.connection.execute(f'SELECT {", ".join(roles)} FROM {table} WHERE rowid = {row}').fetchone()
                    for table in (raw, parsed))
     role, value = next((role, value) for role, value, parsed in zip(roles, read, there, strict=True) if parsed is None)
     what = {'time': 'a time', 'rating': 'a number'}.get(role, 'an id (a text or a whole number)')
-    told = f'is {value!r}, where {what} is expected' if value else f'is missing, or is not {what}'
-    more = f' ({bad.count + n_bad:,} bad rows, {self.max_bad_lines} tolerated)' if self.max_bad_lines else ''
-    raise UserError(f'{bad.path}: row {first - begin + 1}: {found[role]!r} {told}{more}; repair it, or tolerate it with '
-                    '--max_bad_lines.')
+    shown = f'is {value[:80]!r}{"…" * (len(value) > 80)}, where' if value else 'is missing, or is not'
+    return f'{found[role]!r} {shown} {what}{" is expected" * bool(value)}'
 
 
 _RATING = 'CASE WHEN isfinite(TRY_CAST(rating AS DOUBLE)) THEN TRY_CAST(rating AS DOUBLE) END'

@@ -216,7 +216,8 @@ def made_before(out: str | os.PathLike, sources: Sequence[str | os.PathLike], *,
   found = outputs.read_object(storage.local(out, files=['dataset.json']) / 'dataset.json')
   if (found.get('format'), found.get('name'), found.get('options')) != (FORMAT, name, dict(options)):
     return None
-  made = [source.get('sha256') for source in found.get('sources', [])]
+  told = found.get('sources')
+  made = [source.get('sha256') for source in told if isinstance(source, dict)] if isinstance(told, list) else []
   if len(made) != len(sources) or not all(digest == json_lines.digest(storage.local(path), progress=progress)
                                           for digest, path in zip(made, sources, strict=True)) or not agrees(found):
     return None
@@ -277,6 +278,8 @@ def prepare(sequences: str | os.PathLike, items: str | os.PathLike, *, name: str
     item_ids, fields = read_items(items, bad_items, progress=progress)
     reader = _SequenceReader(sequences, item_ids, bad_sequences)
     reader.read(min_length=min_length, progress=progress)
+    bad_items.tell()
+    bad_sequences.tell()
     histories = reader.histories(name, fields)
     if ties == 'hashed':
       histories = _in_hashed_order(histories)
@@ -349,7 +352,7 @@ def read_items(path: pathlib.Path, bad: json_lines.BadLines, *, progress: bool =
   for number, row in _rows(path, bad, progress=progress):
     item_id = _text_id(row.get('item_id'))
     if item_id is None:
-      bad.add(number, f'"item_id" is {row.get("item_id")!r}, where a text is expected')
+      bad.add(number, f'"item_id" is {repr(row.get("item_id"))[:80]}, where a text is expected')
       continue
     if item_id in item_ids:
       raise UserError(f'{path}: line {number}: item {item_id!r} is listed a second time; list each item once.')

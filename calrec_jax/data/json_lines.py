@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 import zlib
@@ -67,6 +68,11 @@ class BadLines:
       more = f' ({self.count} bad lines up to here, {self.tolerated} tolerated)' if self.tolerated else ''
       cure = 'repair it' if self.tolerated is None else 'repair it, or tolerate it with --max_bad_lines'
       raise UserError(f'{self.path}: line {number}: {what}{more}; {cure}.')
+
+  def tell(self) -> None:
+    """Logs how many there are, and the first ones, if there are any."""
+    if self.count:
+      logging.info('%s: %d bad lines are passed over; the first: %s.', self.path, self.count, '; '.join(self.first))
 
 
 def file_at(path: str | os.PathLike) -> pathlib.Path:

@@ -58,7 +58,7 @@ def recognise(connection: duckdb.DuckDBPyConnection, table: str, unit: str, wher
   if unit != 'auto':
     return _times(unit)
   rows = connection.execute(f"""
-      SELECT kind, count(*), arg_min(time, rowid), count(*) FILTER ({_COMPACT})
+      SELECT kind, count(*), left(arg_min(time, rowid), 80), count(*) FILTER ({_COMPACT})
       FROM (SELECT time, rowid, {_kind()} AS kind FROM {table}) GROUP BY kind ORDER BY count(*) DESC, kind""").fetchall()
   kinds = {kind: (count, example, n_compact) for kind, count, example, n_compact in rows if kind not in ('none', 'empty')}
   cure = 'write all of them in one unit, or name it by --time_unit'

@@ -125,6 +125,11 @@ def test_a_bad_line_of_a_csv_is_named_or_tolerated(tmp_path, line, words):
   assert (description['bad_lines'], description['steps'][0]['events']) == (1, len(RATINGS))
 
 
+def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
+  path = put(tmp_path / 'x.csv', ['user_id,user_id,parent_asin,timestamp', *RATINGS])
+  told(tmp_path, path, 'x.csv', "2 columns 'user_id'", 'different names')
+
+
 def test_quotes_of_a_csv_are_not_part_of_its_ids(tmp_path):
   prepare(tmp_path, put(tmp_path / 'x.csv', RATINGS))
   quoted = put(tmp_path / 'y.csv', [f'"{user}","{asin}",5.0,{time}' for user, asin, time in EVENTS])
