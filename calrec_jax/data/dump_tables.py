@@ -7,7 +7,6 @@ DuckDB reads strictly; a file in which it finds anything unusual is gone through
 import contextlib
 import functools
 import json
-import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -129,8 +128,7 @@ class Dumps:
         for row in dump_formats.rows(source.path, form, columns, bad, progress=not self.bar.disable):
           lines.write(dump_formats.write_row(row))
       self.n_bad += bad.count
-      if bad.count:
-        logging.info('%s: %d bad lines are passed over; the first: %s.', source.path, bad.count, '; '.join(bad.first))
+      bad.tell()
       self.connection.execute(f'DELETE FROM {table} WHERE file = {number}')
       self._load_repaired(repaired, table, columns, number)
       repaired.unlink()
