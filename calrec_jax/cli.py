@@ -226,14 +226,25 @@ def _infer(options: argparse.Namespace) -> Outcome:
 
 
 def _evaluate(options: argparse.Namespace) -> Outcome:
+  from calrec_jax.evaluation import compare
   from calrec_jax.evaluation.evaluate import table
+  compare.check(options.beside)  # before the work
   metrics = _configured('evaluate')(options)
-  return metrics, table(metrics) + ('\n' + metrics['examples'] if metrics.get('examples') else '')
+  text = table(metrics) + ('\n' + metrics['examples'] if metrics.get('examples') else '')
+  if options.beside:
+    from calrec_jax import configurables
+    out = configurables.value('evaluate', 'out')
+    if storage.is_bucket(out):
+      raise UserError(f'{out}: is evaluated; copy it to this machine to compare it with others, by `calrec compare`.')
+    comparison = compare.compare([out, *options.beside])
+    metrics, text = metrics | {'beside': comparison}, f'{text}\n\n{compare.table(comparison)}'
+  return metrics, text
 
 
 def _check_buckets(options: argparse.Namespace) -> None:
   """Raises UserError where a verb is given a path in a bucket that works in folders alone."""
   given = {'import': ['source'], 'download': ['out'],
+           'evaluate': ['beside'],
            **dict.fromkeys(('synthesize', 'compare', 'audit', 'report', 'ablate', 'export'), vars(options))}
   values = [value for name in given.get(options.verb, ()) for value in (
       vars(options)[name] if isinstance(vars(options)[name], list) else [vars(options)[name]])]
@@ -280,6 +291,9 @@ def parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, name, run, about, example, more=GIN_HELP)
     verb.add_argument('--gin_file', action='append', default=[], metavar='FILE', help='gin file; may be repeated')
     verb.add_argument('--gin_search_paths', default='', metavar='DIR,DIR', help='more folders to look for gin files in')
+    if name == 'evaluate':
+      verb.add_argument('--beside', nargs='+', default=[], metavar='RUN', help='what evaluate or baselines wrote: '
+                        'all in one table with 95 %% intervals, as by `calrec compare`')
     if name == 'train':
       verb.add_argument('--profile', action='store_true', help='trace three steps for TensorBoard, into MODEL_DIR/profile')
 

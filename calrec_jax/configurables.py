@@ -86,15 +86,15 @@ def training_settings() -> tuple[Training, MeshShape]:
   build = lambda name: gin.get_configurable(f'calrec.{name}')()
   training = Training(
       decoder=build('decoder'), objective=build('objective'), rows=build('rows'), optimizer=build('optimizer'),
-      lengths=_value('inputs', 'task_feature_lengths'), batch_size=_value('train', 'batch_size'),
-      microbatches=_value('train', 'microbatches'), head_block=_value('train', 'head_block'), frozen=_value('train', 'frozen'))
+      lengths=value('inputs', 'task_feature_lengths'), batch_size=value('train', 'batch_size'),
+      microbatches=value('train', 'microbatches'), head_block=value('train', 'head_block'), frozen=value('train', 'frozen'))
   return training, build('mesh')
 
 
 def inference_settings(training: Training) -> Inference:
   """What of the configuration sampling depends on, with the lengths of the training."""
-  return Inference(users=_value('sample', 'users_per_batch'), samples=_value('sample', 'n_samples'),
-                   prefix=training.lengths['inputs'], text=_value('sample', 'max_new_tokens') or training.lengths['targets'])
+  return Inference(users=value('sample', 'users_per_batch'), samples=value('sample', 'n_samples'),
+                   prefix=training.lengths['inputs'], text=value('sample', 'max_new_tokens') or training.lengths['targets'])
 
 
 def plan_options() -> PlanOptions:
@@ -102,7 +102,7 @@ def plan_options() -> PlanOptions:
   return gin.get_configurable('calrec.plan')()
 
 
-def _value(name: str, parameter: str) -> Any:
+def value(name: str, parameter: str) -> Any:
   """What is bound to a parameter, or its default. Raises UserError where there is neither."""
   try:
     return copy.deepcopy(gin.query_parameter(f'calrec.{name}.{parameter}'))  # a copy of a macro is its value

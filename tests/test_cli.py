@@ -359,6 +359,25 @@ def test_outputs_appear_whole_or_not_at_all(tmp_path):
     pass
 
 
+def test_an_evaluation_beside_others_is_their_comparison(tmp_path, tiny_store, capsys):
+  """One table over a new run and older ones, the same that `calrec compare` prints of them."""
+  command = ['evaluate', '--gin_file=gin/runs/evaluate.gin', f'--gin.DATA_DIR="{tiny_store}/data"',
+             '--gin.INFER_OUTPUT_DIR=None', '--gin.MIXTURE_OR_TASK_NAME="games"']
+  assert cli.main([*command, f'--gin.EVAL_OUTPUT_DIR="{tmp_path}/old"']) == 0
+  capsys.readouterr()
+  runs = [f'{tmp_path}/new', f'old={tmp_path}/old']
+  assert cli.main([*command, f'--gin.EVAL_OUTPUT_DIR="{tmp_path}/new"', '--beside', runs[1]]) == 0
+  shown = capsys.readouterr().out
+  assert cli.main(['compare', *runs]) == 0
+  compared = capsys.readouterr().out
+  assert '95% interval' in compared and shown.endswith(compared)
+  assert cli.main([*command, f'--gin.EVAL_OUTPUT_DIR="{tmp_path}/third"', '--json', '--beside', runs[1]]) == 0
+  assert json.loads(capsys.readouterr().out)['beside']['metric'] == 'ndcg@10'
+  refused(capsys, [*command, f'--gin.EVAL_OUTPUT_DIR="{tmp_path}/fourth"', '--beside', tmp_path / 'none'], 'none',
+          'no such folder')
+  assert not (tmp_path / 'fourth').exists()
+
+
 def test_compare_is_a_table_or_json_or_one_line(tmp_path, capsys):
   histories = toy_corpus.toy_source([[item] for item in range(6)], [[0, 1, 2, 3], [1, 2, 3, 4], [2, 4, 5, 1]]).histories
   evaluate(histories=histories, template=ItemTemplate(fields=('title',)), out=tmp_path / 'run')

@@ -133,6 +133,12 @@ def compare(
   }
 
 
+def check(runs: Sequence[str]) -> None:
+  """Raises UserError if these, if there are any, could not be compared, see `compare`."""
+  if runs:
+    _read(runs)
+
+
 def table(comparison: Mapping) -> str:
   """The result of `compare` as plain text: the methods, then the differences to the baseline in `metric`."""
   rules, metric = comparison['protocol'], comparison['metric']
