@@ -17,11 +17,11 @@ _TAG_NAMES = ('a|abbr|b|big|blockquote|body|br|button|center|code|dd|div|dl|dt|e
 _BLOCK = re.compile(r'<(script|style)\b.*?(?:</\1\s*>|$)', re.IGNORECASE | re.DOTALL)
 _COMMENT = re.compile(r'<!--.*?(?:-->|$)', re.DOTALL)
 _TAG = re.compile(rf'</?(?:{_TAG_NAMES})(?:\s[^<>]*)?/?>', re.IGNORECASE)
-# A tag that was cut off: it opens the text, or it has an attribute, so that 'less <b' in prose stays.
-_UNFINISHED_TAG = re.compile(rf'(?:^\s*</?(?:{_TAG_NAMES})(?:\s[^<>]*)?|<(?:{_TAG_NAMES})\s[^<>=]*=[^<>]*)$',
-                             re.IGNORECASE)
-# What is left of a tag whose head was cut off, such as ' Magazines" />'.
-_TAG_REST = re.compile(r'^[^<>]*["\']\s*/>')
+# Tags that were cut off: one that opens the text, or one that has an attribute, so that 'less <b' in prose stays.
+_OPENING_TAG = re.compile(rf'</?(?:{_TAG_NAMES})(?:\s[^<>]*)?', re.IGNORECASE)
+_TAG_WITH_ATTRIBUTE = re.compile(rf'<(?:{_TAG_NAMES})\s[^<>=]*=[^<>]*', re.IGNORECASE)
+# What is left of tags whose heads were cut off, such as ' Magazines" />'.
+_TAG_REST = re.compile(r'^(?:[^<>]*["\']\s*/>)+')
 _CODE = re.compile(r'\bfunction\s*\w*\s*\(|\bgetTime\(|\bdocument\.(?:get|write|cookie)|\bwindow\.(?:on|location|ue)|'
                    r'\bvar\s+\w+\s*=|\{\s*[a-z-]+\s*:\s*[^{}]+\}')
 
@@ -59,10 +59,20 @@ def clean_text(value: object) -> str:
   text, before = plain_text(value), None
   while text != before:
     before = text
-    for pattern in (_BLOCK, _COMMENT, _TAG, _TAG_REST, _UNFINISHED_TAG):
+    for pattern in (_BLOCK, _COMMENT, _TAG, _TAG_REST):
       text = pattern.sub(' ', text)
-    text = plain_text(text)
+    text = plain_text(_without_unfinished_tags(text))
   return '' if _CODE.search(text) else text
+
+
+def _without_unfinished_tags(text: str) -> str:
+  """`text` up to the unfinished tags at its end: all at once, as a title may be 100 kB of them."""
+  end = len(text)
+  while (begin := text.rfind('<', 0, end)) >= 0 and (
+      _TAG_WITH_ATTRIBUTE.fullmatch(text, begin, end)
+      or (not text[:begin].strip() and _OPENING_TAG.fullmatch(text, begin, end))):
+    end = begin
+  return text[:end]
 
 
 def clean_brand(value: object) -> str:

@@ -119,10 +119,32 @@ def test_real_metadata_lose_no_prose_and_keep_no_rubbish(real_data):
   assert n_unfinished > 1000 and n_titles > 1500
 
 
-@pytest.mark.parametrize('piece', ['<a ', '=', '&amp;', 'amp;', '<', '" ', '<script ', '<!--', '$1,', '{a-', 'word <b>x</b> '])
+@pytest.mark.parametrize('piece', ['<a ', '=', '&amp;', 'amp;', '<', '" ', '<script ', '<!--', '$1,', '{a-', 'word <b>x</b> ',
+                                   '<a b=', '"/>', '<a b=x '])
 def test_long_and_hostile_titles_take_no_time(piece):
   began = time.monotonic()
   for text in (piece * (100_000 // len(piece)), f'<a &{piece * (100_000 // len(piece))}<'):
     for clean in (cleaning.clean_text, cleaning.clean_price, cleaning.clean_brand):
       clean(text)
   assert time.monotonic() - began < 10  # a loaded machine; in the square of the length it took minutes
+
+
+def one_at_a_time(value):
+  """`clean_text` without a script's or a page's words, taking one unfinished tag, or one rest of a tag, at a time."""
+  names = cleaning._TAG_NAMES
+  unfinished = re.compile(rf'(?:^\s*</?(?:{names})(?:\s[^<>]*)?|<(?:{names})\s[^<>=]*=[^<>]*)$', re.IGNORECASE)
+  rest = re.compile(r'^[^<>]*["\']\s*/>')
+  text, before = cleaning.plain_text(value), None
+  while text != before:
+    before = text
+    for pattern in (cleaning._BLOCK, cleaning._COMMENT, cleaning._TAG, rest, unfinished):
+      text = pattern.sub(' ', text)
+    text = cleaning.plain_text(text)
+  return text
+
+
+@hypothesis.given(strategies.lists(strategies.sampled_from(
+    ['<a b=', '<b', '</b', '<a', '"/>', "' />", '>', '<', 'x', ' ', '"', '=', '<i>', '<q c="d"', '&lt;', '<!--', '\n', '/'])))
+@hypothesis.settings(max_examples=500)
+def test_all_unfinished_tags_at_once_are_one_at_a_time(parts):
+  assert cleaning.clean_text(''.join(parts)) == one_at_a_time(''.join(parts))
