@@ -78,12 +78,11 @@ def _describe(options: argparse.Namespace) -> Outcome:
   if options.vocabulary:
     quiet_tensorflow.load()
   from calrec_jax.description import describe, page, tables
-  from calrec_jax.text.templates import FIELDS, ItemTemplate
   if options.html:
     outputs.check_absent(options.html)
   found = describe.describe(options.dataset, vocabulary=options.vocabulary, length=options.length,
                             item_length=options.item_length,
-                            template=ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown))
+                            template=_item_template(options))
   if options.html:
     page.write(found, options.html)
   return found, tables.as_text(found) + (f'\n\nWrote {options.html}.' if options.html else '')
@@ -93,8 +92,7 @@ def _vocabulary(options: argparse.Namespace) -> Outcome:
   quiet_tensorflow.load()
   from calrec_jax.data import histories
   from calrec_jax.text import vocabularies
-  from calrec_jax.text.templates import FIELDS, ItemTemplate
-  template = ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown)
+  template = _item_template(options)
   outputs.check_absent(options.out)
   texts = [template.item_text(item) for folder in options.data for item in histories.load(folder).items]
   vocabulary = vocabularies.train_vocabulary(texts, size=options.size, phrases=vocabularies.template_phrases(template))
@@ -106,8 +104,7 @@ def _vocabulary(options: argparse.Namespace) -> Outcome:
 def _cache(options: argparse.Namespace) -> Outcome:
   quiet_tensorflow.load()
   from calrec_jax.tasks import caching
-  from calrec_jax.text.templates import FIELDS, ItemTemplate
-  template = ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown)
+  template = _item_template(options)
   try:
     beam = None if options.beam is None else shlex.split(options.beam)
   except ValueError as error:
@@ -118,6 +115,12 @@ def _cache(options: argparse.Namespace) -> Outcome:
       f'{split} {each["examples"][split]:,} examples in {n:,} file{"s" * (n > 1)}' for split, n in each['shards'].items()) + '.'
            for each in reports]
   return reports, '\n'.join(lines)
+
+
+def _item_template(options: argparse.Namespace) -> Any:
+  """What the options of `_template` say."""
+  from calrec_jax.text.templates import FIELDS, ItemTemplate
+  return ItemTemplate(fields=tuple(options.fields or FIELDS), unknown=options.unknown)
 
 
 def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Callable[[str], int]) -> None:
@@ -149,6 +152,29 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   verb.add_argument('--categories', type=positive, default=3, help='categories (default %(default)s)')
   verb.add_argument('--seed', type=int, default=0, help='of the generator (default %(default)s)')
 
+  _add_prepare(verbs, make, positive)
+
+  verb = make(verbs, 'describe', _describe, 'count what a data set is like: lengths, popularity, repeats, ties, texts',
+              'calrec describe data/gift_cards --vocabulary data/vocabulary.json --length 512 --html gift_cards.html')
+  verb.add_argument('dataset', metavar='DATASET', help='histories folder')
+  verb.add_argument('--vocabulary', metavar='FILE', help='count tokens too, and what a context cuts')
+  verb.add_argument('--length', type=positive, default=512, metavar='N',
+                    help="tokens of a history with its target, TASK_FEATURE_LENGTHS together (default %(default)s)")
+  verb.add_argument('--item_length', type=positive, default=64, metavar='N',
+                    help="most tokens of an item, TASK_FEATURE_LENGTHS' 'targets' (default %(default)s)")
+  verb.add_argument('--html', metavar='FILE', help='write a page with charts, too')
+  _template(verb)
+
+  verb = make(verbs, 'vocabulary', _vocabulary, "train a small tokenizer on catalogues' texts",
+               'calrec vocabulary --data data/gift_cards --size 1024 --out data/vocabulary.json')
+  verb.add_argument('--data', nargs='+', required=True, metavar='DIR', help='histories folders')
+  verb.add_argument('--size', type=positive, default=4096, help='most tokens (default %(default)s)')
+  verb.add_argument('--out', required=True, help='file to write')
+  _template(verb)
+  _add_cache(verbs, make)
+
+
+def _add_prepare(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Callable[[str], int]) -> None:
   prepare = verbs.add_parser('prepare', help='turn dumps, or a log of your own, into a histories folder', allow_abbrev=False)
   kinds = prepare.add_subparsers(dest='kind', required=True, metavar='KIND')
   verb = make(kinds, 'dumps', _prepare_dumps, 'raw review and metadata dumps (Amazon 2014, 2018, 2023)',
@@ -188,31 +214,12 @@ def add(verbs: Any, make: Callable[..., argparse.ArgumentParser], positive: Call
   _prepared(verb)
   _of_events(verb.add_argument_group('of --events'), positive)
 
-  verb = make(verbs, 'describe', _describe, 'count what a data set is like: lengths, popularity, repeats, ties, texts',
-              'calrec describe data/gift_cards --vocabulary data/vocabulary.json --length 512 --html gift_cards.html')
-  verb.add_argument('dataset', metavar='DATASET', help='histories folder')
-  verb.add_argument('--vocabulary', metavar='FILE', help='count tokens too, and what a context cuts')
-  verb.add_argument('--length', type=positive, default=512, metavar='N',
-                    help="tokens of a history with its target, TASK_FEATURE_LENGTHS together (default %(default)s)")
-  verb.add_argument('--item_length', type=positive, default=64, metavar='N',
-                    help="most tokens of an item, TASK_FEATURE_LENGTHS' 'targets' (default %(default)s)")
-  verb.add_argument('--html', metavar='FILE', help='write a page with charts, too')
-  _template(verb)
-
-  verb = make(verbs, 'vocabulary', _vocabulary, "train a small tokenizer on catalogues' texts",
-               'calrec vocabulary --data data/gift_cards --size 1024 --out data/vocabulary.json')
-  verb.add_argument('--data', nargs='+', required=True, metavar='DIR', help='histories folders')
-  verb.add_argument('--size', type=positive, default=4096, help='most tokens (default %(default)s)')
-  verb.add_argument('--out', required=True, help='file to write')
-  _template(verb)
-  _add_cache(verbs, make)
-
 
 def _add_cache(verbs: Any, make: Callable[..., argparse.ArgumentParser]) -> None:
   verb = make(verbs, 'cache', _cache, "write Tasks' tokenized examples to disk, as SeqIO and T5X read them (USE_CACHED_TASKS)",
                'calrec cache --data data/gift_cards data/shop --vocabulary data/vocabulary.json --out cache\n'
                "  calrec cache --data data/shop --vocabulary data/vocabulary.json --out cache \\\n"
-               "      --beam='--runner=DirectRunner --direct_num_workers=4 --direct_running_mode=multi_processing'",
+               "      --beam='--runner=FnApiRunner --direct_num_workers=4 --direct_running_mode=multi_processing'",
                '`calrec train` needs no cache. See docs/data.md.')
   verb.add_argument('--data', nargs='+', required=True, metavar='DIR', help='histories folders')
   verb.add_argument('--vocabulary', required=True, metavar='FILE', help='as VOCABULARY in the runs')

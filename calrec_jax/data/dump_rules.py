@@ -10,7 +10,6 @@ from calrec_jax.data.filtering import DEDUP
 from calrec_jax.errors import UserError
 
 CORES = ('iterative', 'once')
-MILLISECONDS = 10**11  # from here on a time cannot be in seconds: they reach this in the year 5138
 _SECOND_OF_DAY = 86_400
 
 
@@ -91,6 +90,6 @@ def _seconds(name: str, value: int | str | None) -> int | None:
     except ValueError as error:
       raise UserError(f'--{name} {text}: is no day ({error}).') from error
   if re.fullmatch(r'-?\d{1,19}', text) and not re.fullmatch(r'(19|20)\d{2}|(19|20)\d{6}', text):
-    if int(text) < MILLISECONDS:
+    if int(text) < time_order.MILLISECONDS:
       return int(text)
   raise UserError(f'--{name} {text}: write a day, such as 2015-01-31, or seconds since 1970.')

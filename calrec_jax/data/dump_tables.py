@@ -16,7 +16,8 @@ import tqdm
 
 from calrec_jax import storage
 from calrec_jax.data import cleaning, dump_formats, filtering, histories, json_lines, unpacking
-from calrec_jax.data.dump_rules import MILLISECONDS, Rules
+from calrec_jax.data.dump_rules import Rules
+from calrec_jax.data.time_order import MILLISECONDS
 from calrec_jax.errors import UserError
 
 _MICROSECONDS = 10**14  # from here on a time is not even in milliseconds
@@ -59,11 +60,8 @@ class Dumps:
         if self._in_milliseconds(file.path, number):
           fine.append(str(number))
     is_fine = f'file IN ({", ".join(fine)})' if fine else 'false'
+    filtering.number_ids(self.connection, 'lines', user='user_id', item='item_id')
     self.connection.execute(f"""
-        CREATE TABLE users AS SELECT user_id AS id, (row_number() OVER (ORDER BY user_id) - 1)::INTEGER AS code
-          FROM (SELECT DISTINCT user_id FROM lines);
-        CREATE TABLE items AS SELECT item_id AS id, (row_number() OVER (ORDER BY item_id) - 1)::INTEGER AS code
-          FROM (SELECT DISTINCT item_id FROM lines);
         CREATE TABLE events AS SELECT users.code AS user, items.code AS item,
             CASE WHEN {is_fine} THEN time // 1000 ELSE time END AS time,
             CASE WHEN {is_fine} THEN (time % 1000) << {filtering.FRACTION_BITS} ELSE 0 END + lines.rowid AS line{more}

@@ -200,13 +200,9 @@ class _Log:
           FROM raw""")
     for found, bad, begin, end in parts:
       self._check_rows('raw', 'parsed', found, roles, bad, begin, end)
-    self.connection.execute(f"""
-        DROP TABLE raw;
-        CREATE VIEW good AS SELECT * FROM parsed WHERE {_all_there(roles)};
-        CREATE TABLE users AS SELECT user AS id, (row_number() OVER (ORDER BY user) - 1)::INTEGER AS code
-          FROM (SELECT DISTINCT user FROM good);
-        CREATE TABLE items AS SELECT item AS id, (row_number() OVER (ORDER BY item) - 1)::INTEGER AS code
-          FROM (SELECT DISTINCT item FROM good);
+    self.connection.execute(f'DROP TABLE raw; CREATE VIEW good AS SELECT * FROM parsed WHERE {_all_there(roles)}')
+    filtering.number_ids(self.connection, 'good', user='user', item='item')
+    self.connection.execute("""
         CREATE TABLE events AS SELECT good.* REPLACE (users.code AS user, items.code AS item)
           FROM good JOIN users ON user = users.id JOIN items ON item = items.id;
         DROP VIEW good; DROP TABLE parsed""")

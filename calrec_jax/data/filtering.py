@@ -23,6 +23,14 @@ REPEATS = {  # what is computed of an event, and which ones stay
     'first': (', row_number() OVER (PARTITION BY user, item ORDER BY {order}) AS occurrence', 'occurrence = 1')}
 
 
+def number_ids(connection: duckdb.DuckDBPyConnection, table: str, *, user: str, item: str) -> None:
+  """Makes users(id, code) and items(id, code) of the ids in two columns of a table."""
+  for ids, column in (('users', user), ('items', item)):
+    connection.execute(f"""
+        CREATE TABLE {ids} AS SELECT {column} AS id, (row_number() OVER (ORDER BY {column}) - 1)::INTEGER AS code
+        FROM (SELECT DISTINCT {column} FROM {table})""")
+
+
 class Steps:
   """Counts what each step left and dropped.
 

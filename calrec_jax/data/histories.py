@@ -31,7 +31,6 @@ FORMAT = 1
 _HELD_OUT = {'train': 2, 'validation': 1, 'test': 0}  # of leave-one-out: events at a history's end (method: Data)
 _BLOCK_USERS = 1 << 14  # whose events are Python's objects at a time, while they are written
 _SUFFIXES = ('.jsonl.gz', '.jsonl', '.parquet')
-_MILLISECONDS = 10**11  # as of dumps: from here on a time cannot be in seconds
 _WRITTEN = {'dataset.json', 'items.jsonl.gz', 'sequences.jsonl.gz'}
 
 
@@ -74,10 +73,14 @@ class Histories:
     """int64, like `events`: the number of the user whose event it is."""
     return np.repeat(np.arange(len(self.user_ids)), np.diff(self.offsets))
 
+  @property
+  def event_places(self) -> np.ndarray:
+    """int64, like `events`: the place of an event in its history, from 0."""
+    return np.arange(len(self.events)) - self.offsets[self.event_users]
+
   def among_first(self, counts_U: np.ndarray) -> np.ndarray:
     """bool, like `events`: whether an event is among the first so many of its history."""
-    places_E = np.arange(len(self.events)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
-    return places_E < np.repeat(counts_U, np.diff(self.offsets))
+    return self.event_places < counts_U[self.event_users]
 
   def visible(self, split: str) -> np.ndarray:
     """How many events of each history `split` may see, its target included: int64 [U], not to be changed.
@@ -405,7 +408,7 @@ class _SequenceReader:
       return '"timestamps" is no list of whole seconds, one for each item'
     if times != sorted(times):
       return '"timestamps" go back in time; order the events by time'
-    if times and times[-1] >= _MILLISECONDS:
+    if times and times[-1] >= time_order.MILLISECONDS:
       return f'"timestamps" holds {times[-1]}, which is no time in seconds; divide milliseconds by 1,000'
     return ''
 

@@ -70,10 +70,7 @@ def inspect(path: str | os.PathLike, *, progress: bool = True) -> Table:
 def column_names(path: str | os.PathLike) -> tuple[str, ...]:
   """The names of a table's columns, for which no more is read than is needed. Raises UserError as `inspect` does."""
   path = storage.local(path)
-  parquet = _is_parquet(path)
-  with path.open('rb') as file:
-    gzipped = file.read(2) == b'\x1f\x8b'
-  return _recognise(path, parquet, gzipped)[0]
+  return _recognise(path, _is_parquet(path), json_lines.is_gzipped(path))[0]
 
 
 def _is_parquet(path: pathlib.Path) -> bool:

@@ -12,6 +12,7 @@ from calrec_jax.errors import UserError
 
 TIES = ('dump', 'hashed')
 SPLITS = ('leave_one_out', 'time')
+MILLISECONDS = 10**11  # from here on a time cannot be in seconds: they reach this in the year 5138
 _SHARES = (0.8, 0.9)  # of the events, before the validation and the test period
 
 

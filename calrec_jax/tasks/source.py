@@ -132,8 +132,7 @@ class HistoriesSource(seqio.DataSource):
   def _text_bytes(self, split: str) -> int:
     """The bytes of the texts of all examples."""
     data, bytes_I = self.histories, np.array([len(text.encode()) for text in self._texts], np.int64)
-    visible_E = np.repeat(data.visible(split), np.diff(data.offsets))
-    places_E = np.arange(len(data.events)) - np.repeat(data.offsets[:-1], np.diff(data.offsets))
+    visible_E, places_E = data.visible(split)[data.event_users], data.event_places
     # An event is in the spans that end at it or later; the first span has two events.
     spans_E = visible_E - np.maximum(places_E, 1) if self._all(split) else visible_E >= 2
     return int((bytes_I[data.events] * spans_E * (places_E < visible_E)).sum())
