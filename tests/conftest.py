@@ -31,6 +31,7 @@ for _entry in pathlib.Path(_CACHE).glob('*-cache') if 'PYTEST_XDIST_WORKER' not 
 # A run in the background may have these ignored, and so would all that its tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.environ['CALREC_VENV'] = sys.prefix  # launch/local_run.sh runs what is tested, whatever lies in the checkout's .venv
 os.environ['PATH'] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get('PATH', '')])
 
 import jax  # noqa: E402
