@@ -1,4 +1,4 @@
-"""DuckDB on disk, for the making of one data set: its folder, its settings, and one line where there is no room."""
+"""DuckDB for the making of one data set: its folder, its settings, and one line where there is no room."""
 
 import contextlib
 import os
@@ -32,7 +32,8 @@ def connect(folder: str | os.PathLike, *, threads: int | None = None, memory_lim
   if memory_limit is not None and not re.fullmatch(r'\d+(\.\d+)? ?[KMGT]i?B', memory_limit):
     raise UserError(f'--memory_limit {memory_limit}: write a size such as 2GB or 500MB.')
   given = {name: value for name, value in (('threads', threads), ('memory_limit', memory_limit)) if value is not None}
-  with _new_folder(folder) as work, _told(work), duckdb.connect(work / 'events.duckdb', config=given) as connection:
+  with (_new_folder(folder) as work, _told(work),
+        duckdb.connect(':memory:', config=given | {'temp_directory': str(work / 'spilled')}) as connection):
     connection.execute("SET preserve_insertion_order = true; SET TimeZone = 'UTC'; SET enable_progress_bar = false")
     yield connection, work
 

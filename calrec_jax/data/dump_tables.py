@@ -27,7 +27,8 @@ _JSON = {
     # The common case first, by the text of the JSON alone: parsing it again would cost as much as the line did.
     'id': r"""CASE WHEN starts_with({0}, '"') AND NOT contains({0}, '\') THEN nullif(substr({0}, 2, length({0}) - 2), '')
                    WHEN json_type({0}) = 'VARCHAR' AND NOT regexp_matches({0}, '\\u0000') THEN {0}->>'$' END""",
-    'time': 'CASE WHEN {0} = CAST(TRY_CAST(CAST({0} AS VARCHAR) AS BIGINT) AS VARCHAR) THEN CAST({0} AS BIGINT) END',
+    'time': '''CASE WHEN NOT contains({0}, '.') AND NOT contains({0}, 'e') AND NOT contains({0}, 'E')
+                    THEN TRY_CAST(CAST({0} AS VARCHAR) AS BIGINT) END''',
     'rating': "CASE WHEN json_type({0}) IN ('UBIGINT', 'BIGINT', 'DOUBLE') THEN TRY_CAST({0}->>'$' AS DOUBLE) END",
     'verified': "json_type({0}) = 'BOOLEAN' AND ({0}->>'$') = 'true'",
 }

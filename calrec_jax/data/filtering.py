@@ -58,20 +58,26 @@ def k_core(connection: duckdb.DuckDBPyConnection, min_count: int) -> None:
   than a block of events is read again for each round. Twenty rounds are the rule, and in SQL each would write the table anew.
   """
   kept = {column: np.ones(_n_codes(connection, f'{column}s'), bool) for column in ('user', 'item')}
+  counts = {column: np.zeros(len(codes), np.int64) for column, codes in kept.items()}
   [[n_rows]] = connection.execute('SELECT coalesce(max(rowid) + 1, 0) FROM events').fetchall()
-  blocks = list(_blocks(connection, n_rows)) if n_rows <= _BLOCK_ROWS else None
-  before = None
-  while before != (before := sum(int(codes.sum()) for codes in kept.values())):
-    counts = {column: np.zeros(len(codes), np.int64) for column, codes in kept.items()}
-    for number, block in enumerate(blocks or _blocks(connection, n_rows)):
-      stay = kept['user'][block['user']] & kept['item'][block['item']]
-      block = {column: codes[stay] for column, codes in block.items()}
-      for column, count in counts.items():
-        count += np.bincount(block[column], minlength=len(count))
-      if blocks:
-        blocks[number] = block
+  held = list(_blocks(connection, n_rows)) if n_rows <= _BLOCK_ROWS else None
+  for block in held or _blocks(connection, n_rows):
     for column, count in counts.items():
-      kept[column] &= count >= min_count
+      count += np.bincount(block[column], minlength=len(count))
+  while True:
+    lost = {column: kept[column] & (count < min_count) for column, count in counts.items()}
+    if not any(codes.any() for codes in lost.values()):
+      break
+    for column, codes in lost.items():
+      kept[column] &= ~codes
+    for number, block in enumerate(held or _blocks(connection, n_rows)):
+      # An event that went in an earlier round may be among them: what it is taken off again, a user and an item, is lost.
+      gone = np.flatnonzero(lost['user'][block['user']] | lost['item'][block['item']])
+      for column, count in counts.items():
+        count -= np.bincount(block[column][gone], minlength=len(count))
+      if held and len(gone) > len(block['user']) // 8:
+        stay = kept['user'][block['user']] & kept['item'][block['item']]
+        held[number] = {column: codes[stay] for column, codes in block.items()}
   conditions = []
   for column, codes in kept.items():
     connection.register(f'kept_{column}s', {'code': np.flatnonzero(codes)})
@@ -138,8 +144,9 @@ def similar_ids(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 def arrays(connection: duckdb.DuckDBPyConnection) -> dict:
   """The table histories as ids and arrays (see `histories.Histories`), users and items by id."""
   columns = connection.execute('SELECT user, item, time FROM histories ORDER BY user, rank').fetchnumpy()
-  counts = np.unique(columns['user'], return_counts=True)[1]
-  events = np.unique(columns['item'], return_inverse=True)[1]
+  counts = np.bincount(columns['user'])
+  n_events = np.bincount(columns['item'])
+  places = np.cumsum(n_events > 0) - 1  # of codes, among those of items with events
   ids = {}
   for table, column in (('users', 'user'), ('items', 'item')):
     ids[table] = [row[0] for row in connection.execute(
@@ -147,7 +154,7 @@ def arrays(connection: duckdb.DuckDBPyConnection) -> dict:
   return {
       'user_ids': ids['users'],
       'item_ids': ids['items'],
-      'offsets': np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-      'events': events.astype(np.int32),
+      'offsets': np.concatenate([[0], np.cumsum(counts[counts > 0])]).astype(np.int64),
+      'events': places[columns['item']].astype(np.int32),
       'timestamps': np.asarray(columns['time'], np.int64),
   }

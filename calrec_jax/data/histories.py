@@ -230,8 +230,8 @@ def made_before(out: str | os.PathLike, sources: Sequence[str | os.PathLike], *,
 
 def _sequence_lines(histories: Histories) -> Iterator[str]:
   """JSON as `json.dumps` writes it, without quoting an item's id anew for each event."""
-  quote = functools.partial(json.dumps, ensure_ascii=False)
-  ids, offsets = np.array([quote(item_id) for item_id in histories.item_ids], object), histories.offsets.tolist()
+  quote = json.JSONEncoder(ensure_ascii=False).encode
+  ids, offsets = np.array(list(map(quote, histories.item_ids)), object), histories.offsets.tolist()
   for first in range(0, len(histories.user_ids), _BLOCK_USERS):
     users = histories.user_ids[first:first + _BLOCK_USERS]
     begin, end = offsets[first], offsets[first + len(users)]

@@ -22,7 +22,9 @@ from calrec_jax.errors import UserError
 
 MAX_LINE_BYTES = 1 << 26  # so that no file, however it was packed, takes the memory that it likes
 _CHUNK_BYTES = 1 << 20
-_BLOCK_LINES = 4096
+_PACKED_BYTES = 1 << 21  # at a time
+_GZIP = zlib.MAX_WBITS + 16  # as zlib is told to write gzip's header, without a name and a time
+_LEVEL = 4  # of gzip: lists of ids take 7 % more room than with 6, in half the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,16 +219,27 @@ def objects(path: str | os.PathLike, bad: BadLines, *, read: Callable[[bytes], o
 
 def write(path: pathlib.Path, rows: Iterable[Mapping], *, ensure_ascii: bool = False) -> None:
   """Writes gzipped JSON lines, without name and time in the file: equal rows give equal bytes."""
-  write_texts(path, (json.dumps(row, ensure_ascii=ensure_ascii) for row in rows))
+  write_texts(path, map(json.JSONEncoder(ensure_ascii=ensure_ascii).encode, rows))
 
 
 def write_texts(path: pathlib.Path, texts: Iterable[str]) -> None:
   """Writes gzipped lines of texts that are JSON already; see `write`."""
-  lines = (text.encode() + b'\n' for text in texts)
-  with (path.open('wb') as raw, gzip.GzipFile(filename='', fileobj=raw, mode='wb', compresslevel=6, mtime=0) as file,
-        futures.ThreadPoolExecutor(1) as pool):
-    packed = pool.submit(file.write, b'')
-    while block := b''.join(itertools.islice(lines, _BLOCK_LINES)):  # made while the one before is packed
-      packed.result()
-      packed = pool.submit(file.write, block)
-    packed.result()
+  packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP)
+  with path.open('wb') as file, futures.ThreadPoolExecutor(1) as pool:
+    packed = pool.submit(bytes)
+    for block in _joined(texts):  # made while the one before is packed
+      file.write(packed.result())
+      packed = pool.submit(packer.compress, block)
+    file.write(packed.result() + packer.flush())
+
+
+def _joined(texts: Iterable[str]) -> Iterator[bytes]:
+  """Lines of texts in blocks of about `_PACKED_BYTES`."""
+  block = bytearray()
+  for text in texts:
+    block += text.encode()
+    block += b'\n'
+    if len(block) >= _PACKED_BYTES:
+      yield bytes(block)
+      block.clear()
+  yield bytes(block)

@@ -16,7 +16,7 @@ from concurrent import futures
 from calrec_jax.data import json_lines
 from calrec_jax.errors import UserError
 
-_PIECE_BYTES = 1 << 27
+_PIECE_BYTES = 1 << 26
 _LOOK_S = 0.2  # between looks whether anyone still reads
 
 

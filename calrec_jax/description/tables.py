@@ -130,7 +130,7 @@ def _duplicates(twins: Mapping) -> Table:
 
 def _preparation(told: Mapping) -> Table:
   counts = lambda values: ', '.join(f'{key} {value}'.replace('_', ' ') for key, value in values.items())
-  rows = [(f'dropped: {step["step"]}', f'{step["events"]} events') for step in told.get('dropped', [])]
+  rows = [(f'dropped: {step["step"]}', f'{step["events"]:,} events') for step in told.get('dropped', [])]
   if (bad := told.get('bad_lines')) and (not isinstance(bad, Mapping) or any(bad.values())):
     rows.append(('broken lines', counts(bad) if isinstance(bad, Mapping) else str(bad)))
   for name in ('metadata', 'options'):

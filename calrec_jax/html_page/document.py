@@ -46,10 +46,10 @@ def escaped(text: object) -> str:
 def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text_from: int | None = None) -> str:
   """A table in a box of its own that scrolls, below its caption; cells and columns are HTML, the first of each row is its head.
 
-  `text_from`: the number of the cell from which cells hold text, which stands on the left.
+  `text_from`: the number of the cell from which cells hold text, which stands on the left, as their heads do.
   """
-  head = ''.join(f'<th scope="col">{column}</th>' for column in columns)
   kind = lambda number: ' class="text"' if text_from is not None and number >= text_from else ''
+  head = ''.join(f'<th scope="col"{kind(number)}>{column}</th>' for number, column in enumerate(columns))
   body = ''.join(f'<tr><th scope="row">{row[0]}</th>' + ''.join(
     f'<td{kind(number)}>{cell}</td>' for number, cell in enumerate(row[1:], start=1)) + '</tr>' for row in rows)
   label = escaped(caption.partition('. ')[0].rstrip('.'))

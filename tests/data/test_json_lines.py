@@ -70,12 +70,13 @@ def test_many_lines_are_written_as_one_write_would(tmp_path, monkeypatch):
   rows = [{'a': number, 'b': 'é' * (number % 50)} for number in range(1000)]
   text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
   prints = []
-  for lines in (1, 7, 4096):
-    monkeypatch.setattr(json_lines, '_BLOCK_LINES', lines)
+  for n_bytes in (1, 300, 1 << 21):
+    monkeypatch.setattr(json_lines, '_PACKED_BYTES', n_bytes)
     json_lines.write(tmp_path / 'x.gz', rows)
     prints.append((tmp_path / 'x.gz').read_bytes())
   assert gzip.decompress(prints[0]).decode() == text
   assert prints[0] == prints[1] == prints[2] and len(prints[0]) < len(text) / 10
+  assert prints[0][:8] == b'\x1f\x8b\x08' + bytes(5)  # neither a name nor a time
 
 
 @pytest.mark.parametrize('line, what', [
