@@ -19,6 +19,7 @@ _FLAGS = ('--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency
 if _FLAGS not in os.environ.get('XLA_FLAGS', ''):  # which pytest's own child processes have already
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ['NUMBA_DISABLE_JIT'] = '1'  # ranx would compile itself for a minute; its Python gives the same at once
 os.environ['EPATH_USE_TF'] = '0'  # as the command line has it; read once
 _CACHE = os.environ.get('CALREC_TEST_CACHE') or pathlib.Path.home() / '.cache/calrec_jax_tests'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(_CACHE)

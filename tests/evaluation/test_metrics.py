@@ -89,12 +89,10 @@ def check_against_ranx(metrics_of):
     np.testing.assert_allclose(values, expected[name], rtol=1e-12, err_msg=name)
 
 
-@pytest.mark.slow  # ranx compiles itself when it is first used
 def test_metrics_without_ties_are_those_of_ranx():
   check_against_ranx(expected_metrics)
 
 
-@pytest.mark.slow
 def test_ranks_that_begin_at_zero_are_seen_by_ranx():
   with pytest.raises(AssertionError):
     check_against_ranx(lambda better_U, tied_U: expected_metrics(better_U + 1, tied_U))

@@ -9,11 +9,12 @@ import pytest
 
 TINY = ['--gin_file=gin/models/tiny.gin', '--gin_file=gin/runs/stage1.gin', '--gin.decoder.vocab_size=512',
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 96, 'targets': 32}", '--gin.BATCH_SIZE=8']
+ENVIRONMENT = {**os.environ, 'XLA_FLAGS': ''}
 
 
 def plan(*arguments):
   return subprocess.run([sys.executable, '-m', 'calrec_jax.cli', 'plan', *TINY, *arguments], capture_output=True, text=True,
-                        check=False, env={**os.environ, 'XLA_FLAGS': ''})
+                        check=False, env=ENVIRONMENT)
 
 
 def told(*arguments):
@@ -76,16 +77,37 @@ def test_slices_are_crossed_by_gradients_alone():
   assert report['roofline']['links']['dcn'] > 0 and report['callbacks'] == []
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--topology', 'v5e:2x2*3', '--gin.mesh.data=4', '--gin.mesh.fsdp=3'], 'lies over 3 slices'),
-    (['--topology', 'v7:2x2'], "unknown chip 'v7'"),
-    (['--topology', 'v5e:2x3'], 'no such slice'),
-    (['--topology', 'v5e:2x2', '--gin.mesh.fsdp=3'], 'does not divide 4 devices'),
-    (['--topology', 'v5e:2x2', '--global_batch', '6'], 'BATCH_SIZE = 6 rows do not divide'),
-    (['--topology', 'v5e:2x2', '--gin.decoder.vocab_size=None'], 'decoder.vocab_size'),
-    ([], '--topology is missing')])
-def test_wrong_input_is_one_line(arguments, words):
-  assert words in told(*arguments)
+WRONG = {
+    'lies over 3 slices': ['--topology', 'v5e:2x2*3', '--gin.mesh.data=4', '--gin.mesh.fsdp=3'],
+    "unknown chip 'v7'": ['--topology', 'v7:2x2'],
+    'no such slice': ['--topology', 'v5e:2x3'],
+    'does not divide 4 devices': ['--topology', 'v5e:2x2', '--gin.mesh.fsdp=3'],
+    'BATCH_SIZE = 6 rows do not divide': ['--topology', 'v5e:2x2', '--global_batch', '6'],
+    'decoder.vocab_size': ['--topology', 'v5e:2x2', '--gin.decoder.vocab_size=None'],
+    '--topology is missing': []}
+IN_TURN = """
+import contextlib, io, json, sys
+from calrec_jax import cli
+for arguments in json.load(sys.stdin):
+  with contextlib.redirect_stderr(io.StringIO()) as errors:
+    code = cli.main(arguments)
+  print(json.dumps([code, errors.getvalue()]))
+"""
+
+
+@pytest.fixture(scope='module')
+def refusals():
+  """{words: (exit code, stderr)} of `WRONG`, from one process, as starting one takes longer than all of them."""
+  done = subprocess.run([sys.executable, '-c', IN_TURN], input=json.dumps([['plan', *TINY, *each] for each in WRONG.values()]),
+                        capture_output=True, text=True, check=True, env=ENVIRONMENT)
+  return dict(zip(WRONG, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize('words', WRONG)
+def test_wrong_input_is_one_line(refusals, words):
+  code, errors = refusals[words]
+  (line,) = errors.splitlines()
+  assert code == 2 and line.startswith('calrec: error:') and words in line
 
 
 def test_a_model_that_cannot_fit_is_told_with_a_slice_on_which_it_does():
