@@ -55,11 +55,12 @@ def _told(work: pathlib.Path) -> Iterator[None]:
   first_line = lambda error: str(error).splitlines()[0][:200]
   try:
     yield
-  except duckdb.OutOfMemoryException as error:
-    raise UserError(f'DuckDB is out of memory ({first_line(error)}); give a larger --memory_limit, or fewer --threads.'
-                    ) from error
   except duckdb.Error as error:
-    if not (isinstance(error, duckdb.IOException) or 'Could not write' in str(error)):
+    full = 'failed to offload' in str(error)  # a want of memory only because the disk takes no more
+    if isinstance(error, duckdb.OutOfMemoryException) and not full:
+      raise UserError(f'DuckDB is out of memory ({first_line(error)}); give a larger --memory_limit, or fewer --threads.'
+                      ) from error
+    if not (isinstance(error, duckdb.IOException) or full or 'Could not write' in str(error)):
       raise
     raise UserError(f'{work.parent}: DuckDB cannot work there ({first_line(error)}); make room, or choose another --tmp_dir.'
                     ) from error

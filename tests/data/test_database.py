@@ -1,5 +1,6 @@
 """DuckDB's work: what has no room in memory goes to the disk and changes nothing; where there is no room either it is told."""
 
+import contextlib
 import os
 import resource
 
@@ -24,13 +25,21 @@ def test_what_does_not_fit_goes_to_the_disk_changes_nothing_and_leaves_nothing(t
   assert not os.listdir(tmp_path)
 
 
-def test_no_room_on_the_disk_is_told(tmp_path):
+@contextlib.contextmanager
+def small_files():
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
   try:
-    with (pytest.raises(UserError, match=f'^{tmp_path}: DuckDB cannot work there .*; make room, or choose another --tmp_dir.$'),
-          database.connect(tmp_path, memory_limit='40MB', threads=2) as (connection, _)):
-      connection.execute(ROWS)
+    yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize('limited', [small_files(), contextlib.nullcontext("SET max_temp_directory_size = '1MB'")],
+                         ids=['a file cannot grow', 'all that there was is used'])
+def test_no_room_on_the_disk_is_told(tmp_path, limited):
+  with (pytest.raises(UserError, match=f'^{tmp_path}: DuckDB cannot work there .*; make room, or choose another --tmp_dir.$'),
+        limited as setting, database.connect(tmp_path, memory_limit='40MB', threads=2) as (connection, _)):
+    connection.execute(setting or 'SELECT 1')
+    connection.execute(ROWS)
   assert not os.listdir(tmp_path)
