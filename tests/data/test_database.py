@@ -35,11 +35,11 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize('limited', [small_files(), contextlib.nullcontext("SET max_temp_directory_size = '1MB'")],
+@pytest.mark.parametrize('limited', [small_files, lambda: contextlib.nullcontext("SET max_temp_directory_size = '1MB'")],
                          ids=['a file cannot grow', 'all that there was is used'])
 def test_no_room_on_the_disk_is_told(tmp_path, limited):
   with (pytest.raises(UserError, match=f'^{tmp_path}: DuckDB cannot work there .*; make room, or choose another --tmp_dir.$'),
-        limited as setting, database.connect(tmp_path, memory_limit='40MB', threads=2) as (connection, _)):
+        limited() as setting, database.connect(tmp_path, memory_limit='40MB', threads=2) as (connection, _)):
     connection.execute(setting or 'SELECT 1')
     connection.execute(ROWS)
   assert not os.listdir(tmp_path)
