@@ -36,7 +36,7 @@ from calrec_jax.data import amazon, histories
 K, SHORTEST, DAY = 5, 3, 86_400
 AMAZON_2018 = 233_055_327  # reviews
 BLOCK = 100_000
-_LIMIT_MB = 2000
+LIMIT_MB = 2000
 
 
 def generated(path: pathlib.Path, n: int, files: int, seed: int = 0) -> list[pathlib.Path]:
@@ -189,7 +189,7 @@ def _as_rows(data: histories.Histories) -> list[tuple]:
 def growth(work: pathlib.Path, n: int) -> dict:
   """A tenth of n reviews, and n, with DuckDB held to 2 GB; then n with a quarter of it, so that most of it goes to the disk."""
   found = []
-  for size, limits in ((n // 10, (_LIMIT_MB,)), (n, (_LIMIT_MB, _LIMIT_MB // 4))):
+  for size, limits in ((n // 10, (LIMIT_MB,)), (n, (LIMIT_MB, LIMIT_MB // 4))):
     folder = work / f'growth-{size}'
     folder.mkdir()
     paths = generated(folder, size, 1)
@@ -200,11 +200,11 @@ def growth(work: pathlib.Path, n: int) -> dict:
             f'beside the dump of {paths[0].stat().st_size / 1e9:.2f} GB')
     paths[0].unlink()
   few, many, (seconds, memory, disk) = found
-  times, least = AMAZON_2018 / n, _LIMIT_MB // 4 / 1000
+  times, least = AMAZON_2018 / n, LIMIT_MB // 4 / 1000
   if disk > 1e8:  # fewer have room in memory, and tell nothing of more
-    print(f'Amazon 2018, {AMAZON_2018:,} reviews, by the last: {times * seconds / 60:.0f} minutes; with {_LIMIT_MB} MB '
-          f'{_LIMIT_MB / 1000 + times * (memory / 1e9 - least):.0f} GB of memory in all, '
-          f'{times * (disk / 1e9 + least) - _LIMIT_MB / 1000:.0f} GB of disk')
+    print(f'Amazon 2018, {AMAZON_2018:,} reviews, by the last: {times * seconds / 60:.0f} minutes; with {LIMIT_MB} MB '
+          f'{LIMIT_MB / 1000 + times * (memory / 1e9 - least):.0f} GB of memory in all, '
+          f'{times * (disk / 1e9 + least) - LIMIT_MB / 1000:.0f} GB of disk')
   return {'growth': round(many[0] / few[0], 1), 'memory_gb': round(many[1] / 1e9, 2), 'disk_gb': round(many[2] / 1e9, 2)}
 
 

@@ -56,11 +56,12 @@ def _told(work: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except duckdb.Error as error:
-    full = 'failed to offload' in str(error)  # a want of memory only because the disk takes no more
-    if isinstance(error, duckdb.OutOfMemoryException) and not full:
+    # DuckDB calls it a want of memory, too, when the disk takes no more of what it puts off.
+    full = any(words in str(error) for words in ('Could not write', 'failed to offload'))
+    if full or isinstance(error, duckdb.IOException):
+      raise UserError(f'{work.parent}: DuckDB cannot work there ({first_line(error)}); make room, or choose another --tmp_dir.'
+                      ) from error
+    if isinstance(error, duckdb.OutOfMemoryException):
       raise UserError(f'DuckDB is out of memory ({first_line(error)}); give a larger --memory_limit, or fewer --threads.'
                       ) from error
-    if not (isinstance(error, duckdb.IOException) or full or 'Could not write' in str(error)):
-      raise
-    raise UserError(f'{work.parent}: DuckDB cannot work there ({first_line(error)}); make room, or choose another --tmp_dir.'
-                    ) from error
+    raise

@@ -233,13 +233,13 @@ def write_texts(path: pathlib.Path, texts: Iterable[str]) -> None:
     file.write(packed.result() + packer.flush())
 
 
-def _joined(texts: Iterable[str]) -> Iterator[bytes]:
+def _joined(texts: Iterable[str]) -> Iterator[bytearray]:
   """Lines of texts in blocks of about `_PACKED_BYTES`."""
   block = bytearray()
   for text in texts:
     block += text.encode()
     block += b'\n'
     if len(block) >= _PACKED_BYTES:
-      yield bytes(block)
-      block.clear()
-  yield bytes(block)
+      yield block
+      block = bytearray()
+  yield block
